@@ -1,0 +1,157 @@
+"""`FusionConfig`: what to fuse, how narrow, and by which method."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Any
+
+from peft import PeftConfig
+from peft.utils import PeftType
+
+METHODS = ("fusion",)
+SCALES = ("auto", "counts", "none")
+
+
+@dataclass
+class FusionConfig(PeftConfig):
+    """Configuration of MLP Fusion: every chosen FFN becomes a narrower one made of clusters of its neurons.
+
+    Args:
+        ratio (`float`): Fraction of each FFN's neurons that is kept, in (0, 1].
+        intermediate_size (`int`, *optional*): The width itself; wins over `ratio`.
+        width_pattern (`dict[str, int | float]`): Regular expression of an FFN's name -> its width (`int`) or its
+            ratio (`float`), as LoRA's `rank_pattern`; wins over both.
+        multiple_of (`int`): A width that comes from a ratio is rounded up to a multiple of this.
+        target_modules (`list[str] | str`, *optional*): The FFNs to fuse, by the name of the module that holds one
+            or of all of its projections: a list of suffixes, or one regular expression. `None`: every FFN found.
+        exclude_modules (`list[str] | str`, *optional*): FFNs to leave out, named in the same way.
+        layers_to_transform (`list[int] | int`, *optional*): Only FFNs in these layers.
+        layers_pattern (`list[str] | str`, *optional*): Name of the list of layers that `layers_to_transform`
+            counts in, if it is not the first number in a module's path.
+        modules_to_save (`list[str]`, *optional*): Further modules that are trained and saved in full.
+        method (`str`): How the narrow FFN comes from the full one: "fusion".
+        scale (`str`): The standalone, non-trainable scale of the hidden activations: "counts" (the sizes of the
+            clusters, the paper's P), "none" (folded into the out-projection), "auto".
+        n_init (`int`, *optional*): Restarts of the clustering; `None`: the engine's default.
+        max_iter (`int`, *optional*): Iterations of the clustering; `None`: the engine's default.
+        seed (`int`): Makes the clustering repeatable, on every rank the same.
+        init_weights (`bool`): `False` gives random small FFNs, for tests.
+        fused (`bool`): Written by `save_pretrained`: the narrow weights are in the adapter's file, so that
+            loading does not cluster. Set it to `False` to fuse anew with a loaded configuration.
+        fused_widths (`dict[str, list[int]]`, *optional*): Written when FFNs are fused: name -> [full, narrow].
+
+    Raises:
+        ValueError: naming the field that is wrong.
+    """
+
+    ratio: float = field(default=0.25, metadata={"help": "Fraction of each FFN's neurons that is kept, in (0, 1]."})
+    intermediate_size: int | None = field(
+        default=None, metadata={"help": "The width of the narrow FFNs; wins over `ratio`."}
+    )
+    width_pattern: dict = field(
+        default_factory=dict,
+        metadata={"help": "Regular expression of an FFN's name -> its width (int) or ratio (float)."},
+    )
+    multiple_of: int = field(
+        default=8, metadata={"help": "A width that comes from a ratio is rounded up to a multiple of this."}
+    )
+    target_modules: list[str] | str | None = field(
+        default=None,
+        metadata={"help": "FFNs (or all projections of each) by suffix list or regex; None: every FFN found."},
+    )
+    exclude_modules: list[str] | str | None = field(
+        default=None, metadata={"help": "FFNs to leave out, named as in `target_modules`."}
+    )
+    layers_to_transform: list[int] | int | None = field(
+        default=None, metadata={"help": "Only FFNs in the layers with these indices."}
+    )
+    layers_pattern: list[str] | str | None = field(
+        default=None, metadata={"help": "Name of the list of layers that `layers_to_transform` counts in."}
+    )
+    modules_to_save: list[str] | None = field(
+        default=None,
+        metadata={"help": "Further modules that are trained and saved in full, a classifier say."},
+    )
+    method: str = field(default="fusion", metadata={"help": f"One of {METHODS}."})
+    scale: str = field(default="auto", metadata={"help": f"The standalone scale of the hidden units: {SCALES}."})
+    n_init: int | None = field(default=None, metadata={"help": "Restarts of the clustering."})
+    max_iter: int | None = field(default=None, metadata={"help": "Iterations of the clustering."})
+    seed: int = field(default=0, metadata={"help": "Makes the clustering repeatable."})
+    init_weights: bool = field(default=True, metadata={"help": "False: random small FFNs (for tests)."})
+    fused: bool = field(default=False, metadata={"help": "Set in a saved adapter: its file holds the narrow weights."})
+    fused_widths: dict | None = field(
+        default=None, metadata={"help": "Set when FFNs are fused: their names -> [full width, narrow width]."}
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.peft_type = PeftType.MLP_FUSION
+        self._check_widths()
+        self._check_choice("method", METHODS)
+        self._check_choice("scale", SCALES)
+        for name in ("n_init", "max_iter"):
+            if getattr(self, name) is not None:
+                self._check_positive_int(name, getattr(self, name))
+        if isinstance(self.seed, bool) or not isinstance(self.seed, int):
+            raise ValueError(f"`seed` must be an integer, but got {self.seed!r}.")
+        self._check_targets()
+
+    def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
+        """Writes `adapter_config.json`, marked as belonging to weights that are already fused.
+
+        Args:
+            save_directory: the folder to write to.
+            kwargs: passed on to `PeftConfig.save_pretrained`.
+        """
+        fused, self.fused = self.fused, True
+        try:
+            super().save_pretrained(save_directory, **kwargs)
+        finally:
+            self.fused = fused
+
+    def _check_widths(self) -> None:
+        _check_ratio("ratio", self.ratio)
+        self._check_positive_int("multiple_of", self.multiple_of)
+        if self.intermediate_size is not None:
+            self._check_positive_int("intermediate_size", self.intermediate_size)
+        if not isinstance(self.width_pattern, dict):
+            raise ValueError(f"`width_pattern` must be a dict of regex -> width, but got {self.width_pattern!r}.")
+        for pattern, value in self.width_pattern.items():
+            name = f"width_pattern[{pattern!r}]"
+            if isinstance(value, float):
+                _check_ratio(name, value)
+            else:
+                self._check_positive_int(name, value)
+
+    def _check_targets(self) -> None:
+        if isinstance(self.target_modules, (list, tuple, set)):
+            self.target_modules = sorted(self.target_modules)
+        if isinstance(self.exclude_modules, (list, tuple, set)):
+            self.exclude_modules = sorted(self.exclude_modules)
+        if self.layers_pattern and self.layers_to_transform is None:
+            raise ValueError("`layers_pattern` counts the layers for `layers_to_transform`: give that as well.")
+        layers = self.layers_to_transform
+        if isinstance(layers, (list, tuple, set, range)):
+            self.layers_to_transform = layers = list(layers)
+        for index in layers if isinstance(layers, list) else [] if layers is None else [layers]:
+            if isinstance(index, bool) or not isinstance(index, int) or index < 0:
+                raise ValueError(
+                    f"`layers_to_transform` must be an index from 0 on or a list of such, but got {layers!r}."
+                )
+
+    def _check_choice(self, name: str, choices: tuple[str, ...]) -> None:
+        if getattr(self, name) not in choices:
+            raise ValueError(f"`{name}` must be one of {', '.join(choices)}, but got {getattr(self, name)!r}.")
+
+    @staticmethod
+    def _check_positive_int(name: str, value: object) -> None:
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise ValueError(f"`{name}` must be an integer of at least 1, but got {value!r}.")
+
+
+def _check_ratio(name: str, value: object) -> None:
+    """Refuses what is not a fraction; an integer 1 is taken for full width."""
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if not number or not math.isfinite(value) or not 0 < value <= 1:  # type: ignore[operator, arg-type]
+        raise ValueError(f"`{name}` must be a number above 0 and at most 1, but got {value!r}.")

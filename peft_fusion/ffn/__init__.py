@@ -1,0 +1,26 @@
+"""What an FFN is: layouts as data, finding and selecting FFNs, reading and writing their weights."""
+
+from .find import FFN, across_neurons, base_of, features, find_ffns
+from .layouts import LAYOUTS, FFNLayout, register_layout
+from .select import Selection, select_ffns, target_widths
+from .weights import check_finite, projection_tensors, read_ffn
+from .width import ConfigWidth, config_widths
+
+__all__ = [
+    "FFN",
+    "LAYOUTS",
+    "ConfigWidth",
+    "FFNLayout",
+    "Selection",
+    "across_neurons",
+    "base_of",
+    "check_finite",
+    "config_widths",
+    "features",
+    "find_ffns",
+    "projection_tensors",
+    "read_ffn",
+    "register_layout",
+    "select_ffns",
+    "target_widths",
+]

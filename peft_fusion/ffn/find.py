@@ -1,0 +1,137 @@
+"""Finds the FFNs of a model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from .layouts import LAYOUTS, FFNLayout
+
+
+@dataclass(frozen=True)
+class FFN:
+    """One FFN of a model: its projections and where they are.
+
+    Args:
+        name: path of the module that holds the projections ("" for the model itself).
+        layout: how they are named and stored.
+        holder: that module.
+    """
+
+    name: str
+    layout: FFNLayout
+    holder: nn.Module
+
+    @property
+    def projection_names(self) -> tuple[str, ...]:
+        """Full paths of the projections, the out-projection last."""
+        prefix = f"{self.name}." if self.name else ""
+        return tuple(prefix + path for path in (*self.layout.in_projections, self.layout.out_projection))
+
+    @property
+    def projections(self) -> tuple[nn.Module, ...]:
+        """The modules at `projection_names`, as they stand in the model now (wrapped or not)."""
+        paths = (*self.layout.in_projections, self.layout.out_projection)
+        return tuple(self.holder.get_submodule(path) for path in paths)
+
+    @property
+    def base_projections(self) -> tuple[nn.Module, ...]:
+        """The original linear modules, beneath any adapter."""
+        return tuple(base_of(module) for module in self.projections)
+
+    @property
+    def width(self) -> int:
+        """The number of neurons."""
+        return features(self.base_projections[-1])[0]
+
+    @property
+    def degree(self) -> int | None:
+        """The degree of homogeneity of the activation: ReLU 1, squared ReLU 2, None for any other."""
+        return {"ReLU": 1, "relu": 1, "ReLUSquaredActivation": 2}.get(_function_name(self.activation))
+
+    @property
+    def activation(self) -> Callable[[Tensor], Tensor] | None:
+        """The activation function, or None where the layout does not say where it is."""
+        for path in self.layout.activations:
+            found = _attribute(self.holder, path)
+            if callable(found):
+                return found
+        return None
+
+
+def base_of(module: nn.Module) -> nn.Module:
+    """The module beneath any number of adapter wrappers."""
+    while isinstance(inner := getattr(module, "base_layer", None), nn.Module):
+        module = inner
+    return module
+
+
+def is_projection(module: nn.Module | None) -> bool:
+    """Whether a module (beneath its wrappers) is a linear map that can be read as one."""
+    return module is not None and isinstance(base_of(module), (nn.Linear, Conv1D))
+
+
+def features(module: nn.Module) -> tuple[int, int]:
+    """(in_features, out_features) of an `nn.Linear` or a `Conv1D`, from its declared sizes."""
+    if isinstance(module, Conv1D):
+        return int(module.nx), int(module.nf)
+    return int(module.in_features), int(module.out_features)  # type: ignore[arg-type]
+
+
+def find_ffns(model: nn.Module) -> list[FFN]:
+    """Every FFN of a model whose layout is known, in the order of `model.named_modules()`.
+
+    A module shared by several depths (ALBERT) is one FFN.
+
+    Args:
+        model: any model, with or without adapters.
+
+    Returns:
+        The FFNs; empty if there are none.
+    """
+    found: list[FFN] = []
+    for name, module in model.named_modules():
+        if hasattr(module, "base_layer"):  # what lies inside an adapter layer is not a part of the model
+            continue
+        layout = next((layout for layout in LAYOUTS if _has_layout(module, layout)), None)
+        if layout is not None:
+            found.append(FFN(name, layout, module))
+    return found
+
+
+def across_neurons(ffn: FFN) -> str | None:
+    """The name of what computes across this FFN's neurons, or None if nothing does."""
+    for name in ffn.layout.across_neurons:
+        value = getattr(ffn.holder, name, None)
+        if isinstance(value, nn.Module) or (isinstance(value, (int, float)) and value):
+            return name
+    return None
+
+
+def _function_name(function: object) -> str:
+    """The name of a function, or of the class of a module."""
+    return getattr(function, "__name__", type(function).__name__)
+
+
+def _attribute(module: nn.Module, path: str) -> object | None:
+    """The attribute at a dotted path below a module, or None."""
+    found: object = module
+    for part in path.split("."):
+        found = getattr(found, part, None)
+        if found is None:
+            return None
+    return found
+
+
+def _has_layout(module: nn.Module, layout: FFNLayout) -> bool:
+    """Whether a module holds projections with the layout's names and with shapes that make an FFN."""
+    paths = (*layout.in_projections, layout.out_projection)
+    projections = [_attribute(module, path) for path in paths]
+    if not all(isinstance(p, nn.Module) and is_projection(p) for p in projections):
+        return False
+    *ins, out = [features(base_of(p)) for p in projections if isinstance(p, nn.Module)]
+    hidden = out[0] * (2 if layout.stacked else 1)
+    return all(in_features == ins[0][0] and width == hidden for in_features, width in ins)

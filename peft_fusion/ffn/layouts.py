@@ -1,0 +1,89 @@
+"""Layouts of FFNs as data: how each family of models names and stores its projections.
+
+Adding a family is one entry here and one tiny model in `tests/architectures.py`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class FFNLayout:
+    """Where the projections of an FFN are, seen from the module that holds them.
+
+    Args:
+        in_projections: path of each in-projection, the one that goes through the activation first.
+        out_projection: path of the out-projection.
+        stacked: whether the one in-projection holds gate and up, one after the other (its output is chunked).
+        activations: paths under which the activation may be found.
+        across_neurons: modules or attributes which, where present and true, compute across the neurons between
+            activation and out-projection (a norm over the hidden activations, say). Merging neurons would change
+            what they compute, so such an FFN is refused.
+    """
+
+    in_projections: tuple[str, ...]
+    out_projection: str
+    stacked: bool = False
+    activations: tuple[str, ...] = ("act_fn", "activation_fn", "act", "activation")
+    across_neurons: tuple[str, ...] = ("ffn_layernorm", "activation_sparsity")
+
+    @property
+    def gated(self) -> bool:
+        """Whether two in-projections are multiplied."""
+        return self.stacked or len(self.in_projections) == 2
+
+    def __str__(self) -> str:
+        return f"{', '.join(self.in_projections)} -> {self.out_projection}"
+
+
+# Tried in this order; the gated ones first, because a gated FFN also has the names of a plain one.
+LAYOUTS: list[FFNLayout] = [
+    FFNLayout(("gate_proj", "up_proj"), "down_proj"),  # Llama, Mistral, Qwen, Gemma, ...
+    FFNLayout(("wi_0", "wi_1"), "wo"),  # T5 v1.1, mT5, UMT5
+    FFNLayout(("gate_up_proj",), "down_proj", stacked=True),  # Phi-3, GLM
+    FFNLayout(("Wi",), "Wo", stacked=True),  # ModernBERT
+    FFNLayout(("up_proj",), "down_proj"),  # MPT, Nemotron
+    FFNLayout(("wi",), "wo"),  # T5, Switch
+    FFNLayout(
+        ("intermediate.dense",), "output.dense", activations=("intermediate.intermediate_act_fn",)
+    ),  # BERT, RoBERTa, ELECTRA, DeBERTa
+    FFNLayout(("c_fc",), "c_proj"),  # GPT-2 (Conv1D), GPT-Neo, GPT-BigCode, StarCoder2
+    FFNLayout(("dense_h_to_4h",), "dense_4h_to_h", activations=("act", "gelu_impl")),  # GPT-NeoX, BLOOM, Falcon
+    FFNLayout(("fc_in",), "fc_out"),  # GPT-J, CodeGen
+    FFNLayout(("fc1",), "fc2"),  # OPT, Phi, BART, Whisper, ViT, CLIP
+    FFNLayout(("lin1",), "lin2"),  # DistilBERT
+    FFNLayout(("ffn",), "ffn_output"),  # ALBERT
+    FFNLayout(("intermediate_dense",), "output_dense", activations=("intermediate_act_fn",)),  # wav2vec 2.0
+]
+
+# The names under which a config states the width of the FFNs.
+WIDTH_ATTRIBUTES = (
+    "intermediate_size",
+    "n_inner",
+    "d_ff",
+    "ffn_dim",
+    "encoder_ffn_dim",
+    "decoder_ffn_dim",
+    "ffn_hidden_size",
+    "hidden_dim",
+)
+
+
+def register_layout(layout: FFNLayout) -> None:
+    """Makes FFNs of a further layout known, ahead of the built-in ones.
+
+    Args:
+        layout: the new layout; a path is relative to the module that holds the FFN.
+
+    Raises:
+        ValueError: if the layout names no projection, or states `stacked` for two in-projections.
+    """
+    if not layout.in_projections or not layout.out_projection:
+        raise ValueError(f"A layout needs in-projections and an out-projection, but got {layout!r}.")
+    if len(layout.in_projections) > 2 or (layout.stacked and len(layout.in_projections) != 1):
+        raise ValueError(
+            f"A layout has one in-projection (stacked or not) or two (the gate first), but got {layout!r}."
+        )
+    if layout not in LAYOUTS:
+        LAYOUTS.insert(0, layout)

@@ -1,0 +1,188 @@
+"""Where a clustering starts from, given the rows' Gram matrix: agglomeration, or k-means++."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from .local_search import sum_by_label
+
+DUPLICATE = 64
+"""Rows whose squared distance is below so many rounding errors of their squared norms are taken for equal."""
+
+
+def ward(gram: Tensor, n_clusters: int) -> Tensor:
+    """Agglomerative clustering by Ward's criterion: merging a and b costs n_a n_b / (n_a + n_b) |m_a - m_b|^2.
+
+    In each round all pairs that are each other's nearest merge. Equal rows merge before all others, so that where
+    clusters suffice for the distinct rows the inertia is zero.
+
+    Args:
+        gram: symmetric tensor of shape (n, n).
+        n_clusters: the number of clusters c.
+
+    Returns:
+        int64 tensor of shape (n,): labels, no cluster empty.
+    """
+    labels = _merge_duplicates(gram)
+    surplus = int(labels.max()) + 1 - n_clusters
+    if surplus <= 0:
+        return _split(labels, -surplus)
+    forest = _Forest(gram, labels)
+    while surplus:
+        surplus -= forest.merge(surplus)
+    return forest.labels.unique(return_inverse=True)[1]
+
+
+def kmeans_plus_plus(gram: Tensor, n_clusters: int, generator: torch.Generator) -> Tensor:
+    """Greedy k-means++: each new centre is the best of a few drawn in proportion to the squared distances so far.
+
+    Args:
+        gram: symmetric tensor of shape (n, n).
+        n_clusters: the number of clusters c.
+        generator: a CPU generator; the draws are the same for every device.
+
+    Returns:
+        int64 tensor of shape (n,): the nearest centre of each row, no cluster empty.
+    """
+    n, squares = gram.shape[0], gram.diagonal()
+    trials = 2 + int(math.log(n_clusters))
+    draws = torch.rand(n_clusters, trials, generator=generator, dtype=torch.float64).to(gram.device)
+    free = torch.ones(n, dtype=torch.bool, device=gram.device)
+    nearest = torch.full_like(squares, torch.inf)
+    labels = torch.zeros(n, dtype=torch.int64, device=gram.device)
+    for cluster in range(n_clusters):
+        chance = (nearest if cluster else torch.ones_like(squares)).double().cumsum(0)
+        if chance[-1] <= 0:  # fewer distinct rows than centres: any row that is none yet
+            chance = free.double().cumsum(0)
+        candidates = torch.searchsorted(chance, draws[cluster] * chance[-1], right=True).clamp_(max=n - 1)
+        distances = squares[candidates].unsqueeze(1) + squares - 2 * gram[candidates]
+        noise = DUPLICATE * torch.finfo(gram.dtype).eps * (squares[candidates].unsqueeze(1) + squares)
+        distances = torch.where(distances > noise, distances, 0).minimum(nearest)
+        best = distances.sum(1, dtype=torch.float64).argmin()
+        centre = candidates[best]
+        labels = torch.where(distances[best] < nearest, cluster, labels)
+        labels[centre] = cluster
+        nearest, free[centre] = distances[best], False
+    return labels
+
+
+def _merge_duplicates(gram: Tensor) -> Tensor:
+    """Labels 0 .. g - 1, one for each distinct row: that of the first row equal to it."""
+    squares = gram.diagonal()
+    noise = DUPLICATE * torch.finfo(gram.dtype).eps
+    leaders = torch.arange(len(gram), device=gram.device)
+    tile = _tile(gram)
+    for start, rows in zip(range(0, len(gram), tile), gram.split(tile), strict=True):
+        own = leaders[start : start + tile]  # a view: written below
+        margins = (squares[start : start + tile].unsqueeze(1) + squares).mul_(1 - noise).sub_(rows, alpha=2)
+        margins.diagonal(start).fill_(torch.inf)
+        repeated = (margins.amin(1) <= 0).nonzero().squeeze(1)
+        if len(repeated):
+            own[repeated] = (margins[repeated] <= 0).to(torch.uint8).argmax(1).minimum(own[repeated])
+    return leaders[leaders].unique(return_inverse=True)[1]
+
+
+def _split(labels: Tensor, surplus: int) -> Tensor:
+    """Give `surplus` rows that share a label with an earlier row a label of their own."""
+    order = labels.argsort(stable=True)
+    repeated = torch.zeros_like(labels, dtype=torch.bool)
+    repeated[order[1:]] = labels[order[1:]] == labels[order[:-1]]
+    rows = repeated.nonzero().squeeze(1)[:surplus]
+    fresh = torch.arange(len(rows), device=labels.device) + int(labels.max()) + 1
+    return labels.index_copy(0, rows, fresh)
+
+
+def _tile(gram: Tensor) -> int:
+    """Rows of n values to work on at a time: what fits a core's cache, or keeps a GPU busy."""
+    return max(1, (2**18 if gram.device.type == "cpu" else 2**26) // gram.shape[0])
+
+
+class _Forest:
+    """Clusters being merged: inner products of their means, and each one's nearest.
+
+    A merged cluster lies no nearer to the others than the nearer of its parts did, so the nearest changes only for
+    clusters whose nearest was merged. Clusters merged into others stay in place, infinitely far, until enough of
+    them are there to make dropping them worth a copy.
+    """
+
+    def __init__(self, gram: Tensor, labels: Tensor) -> None:
+        self.labels = labels
+        self.counts = torch.bincount(labels).to(gram.dtype)
+        if len(self.counts) < len(labels):
+            gram = sum_by_label(
+                sum_by_label(gram, labels, len(self.counts)).T.contiguous(), labels, len(self.counts)
+            )
+            gram /= self.counts * self.counts.unsqueeze(1)
+            self.products = gram
+        else:
+            self.products = gram.clone()
+        self.squares = self.products.diagonal().clone()
+        self.cost = torch.empty_like(self.squares)
+        self.nearest = torch.empty_like(self.cost, dtype=torch.int64)
+        self._find_nearest(torch.arange(len(self.counts), device=gram.device))
+
+    def merge(self, limit: int) -> int:
+        """Merge the pairs that are each other's nearest, at most `limit`, cheapest first; returns how many."""
+        into, gone = self._mutual_pairs(limit)
+        relabel = torch.arange(len(self.counts), device=into.device)
+        relabel[gone] = into
+        self.labels = relabel[self.labels]
+        self._combine(into, gone)
+        touched = torch.zeros_like(self.counts, dtype=torch.bool)
+        touched[into] = touched[gone] = True
+        alive = self.squares.isfinite()
+        stale = (touched | touched[self.nearest]) & alive
+        if int(alive.sum()) < 0.8 * len(alive):
+            stale = self._compact(alive.nonzero().squeeze(1), stale)
+        self._find_nearest(stale.nonzero().squeeze(1))
+        return len(into)
+
+    def _mutual_pairs(self, limit: int) -> tuple[Tensor, Tensor]:
+        clusters = torch.arange(len(self.nearest), device=self.nearest.device)
+        mutual = (
+            (self.nearest[self.nearest] == clusters) & (clusters < self.nearest) & self.squares.isfinite()
+        )
+        into = mutual.nonzero().squeeze(1)
+        if len(into) == 0:  # ties that a device breaks at random could chase each other round
+            into = self.cost.argmin().unsqueeze(0)
+        into = into[self.cost[into].argsort(stable=True)][:limit]
+        return into, self.nearest[into]
+
+    def _combine(self, into: Tensor, gone: Tensor) -> None:
+        share = self.counts[into] / (self.counts[into] + self.counts[gone])
+        rows = self.products[into].mul_(share.unsqueeze(1))
+        rows += self.products[gone].mul_((1 - share).unsqueeze(1))
+        rows[:, into] = rows[:, into] * share + rows[:, gone] * (1 - share)
+        self.products[into] = rows
+        self.products[:, into] = rows.T
+        self.counts[into] += self.counts[gone]
+        self.squares[into] = self.products[into, into]
+        self.squares[gone] = self.cost[gone] = torch.inf
+
+    def _compact(self, kept: Tensor, stale: Tensor) -> Tensor:
+        """Drop all clusters but `kept`, within the memory that they have: a row never moves past one still unread."""
+        place = torch.full_like(self.nearest, -1)
+        place[kept] = torch.arange(len(kept), device=kept.device)
+        self.labels = place[self.labels]
+        packed = self.products.view(-1)[: len(kept) ** 2].view(len(kept), len(kept))
+        tile = _tile(self.products)
+        for rows, out in zip(kept.split(tile), packed.split(tile), strict=True):
+            out.copy_(self.products[rows][:, kept])
+        self.products = packed
+        self.counts, self.squares, self.cost = self.counts[kept], self.squares[kept], self.cost[kept]
+        self.nearest = place[self.nearest[kept]]
+        return stale[kept]
+
+    def _find_nearest(self, clusters: Tensor) -> None:
+        inverse = 1 / self.counts
+        for part in clusters.split(_tile(self.products)):
+            cost = self.products[part].mul_(-2)
+            cost += (
+                self.squares[part].unsqueeze(1) + self.squares
+            )  # one sum first: the cost is exactly symmetric
+            cost /= inverse[part].unsqueeze(1) + inverse
+            cost[torch.arange(len(part), device=part.device), part] = torch.inf
+            self.cost[part], self.nearest[part] = cost.min(1)

@@ -1,0 +1,221 @@
+"""The layer that stands in for one projection of a fused FFN, and the narrow projections it holds."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from .ffn import ConfigWidth
+
+
+class NarrowProjection(nn.Module):
+    """One projection of a narrow FFN: trainable weights and, where there is one, a fixed scale of the neurons.
+
+    It is a leaf that owns its scale, so that FSDP may shard it on its own, and it is not an `nn.Linear`, so that
+    LoRA's "all-linear" leaves it alone.
+
+    Args:
+        weight: tensor of shape (out_features, in_features).
+        bias: tensor of shape (out_features,), or None.
+        scale: tensor of shape (neurons,), or None for 1.
+    """
+
+    bias: nn.Parameter | None
+    scale: Tensor | None
+
+    def __init__(self, weight: Tensor, bias: Tensor | None, scale: Tensor | None) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(weight)
+        self.register_parameter("bias", None if bias is None else nn.Parameter(bias))
+        self.register_buffer("scale", scale)
+
+    def linear(self, x: Tensor) -> Tensor:
+        """The linear map in the input's dtype: full-precision weights of a half-precision model stay masters."""
+        bias = None if self.bias is None else self.bias.to(x.dtype)
+        return F.linear(x, self.weight.to(x.dtype), bias)
+
+    def folded(self) -> tuple[Tensor, Tensor | None]:
+        """Weight and bias of the plain projection with the same output, the scale multiplied in."""
+        raise NotImplementedError
+
+
+class NarrowInProjection(NarrowProjection):
+    """In-projection of a narrow FFN; its scale multiplies what it puts out, neuron by neuron."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Maps (..., in_features) to (..., neurons)."""
+        out = self.linear(x)
+        return out if self.scale is None else (out * self.scale).to(x.dtype)
+
+    def folded(self) -> tuple[Tensor, Tensor | None]:
+        if self.scale is None:
+            return self.weight, self.bias
+        return self.weight * self.scale.unsqueeze(1), None if self.bias is None else self.bias * self.scale
+
+
+class NarrowOutProjection(NarrowProjection):
+    """Out-projection of a narrow FFN; its scale is the paper's P and multiplies the hidden activations."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Maps (..., neurons) to (..., out_features)."""
+        return self.linear(x if self.scale is None else (x * self.scale).to(x.dtype))
+
+    def folded(self) -> tuple[Tensor, Tensor | None]:
+        return (self.weight if self.scale is None else self.weight * self.scale), self.bias
+
+
+class FusionLayer(nn.Module, BaseTunerLayer):
+    """One projection of an FFN beneath any number of narrow versions of itself, one an adapter.
+
+    All projections of an FFN carry the same adapters, so the hidden activations between them are those of one
+    width; the host's own forward (activation, dropout, chunking) runs unchanged.
+
+    Args:
+        base_layer: the projection, an `nn.Linear` or a `Conv1D`.
+    """
+
+    adapter_layer_names: tuple[str, ...] = ("mlp_fusion_narrow",)
+    other_param_names: tuple[str, ...] = ("config_widths",)
+
+    def __init__(self, base_layer: nn.Module) -> None:
+        super().__init__()
+        self.base_layer = base_layer
+        self.mlp_fusion_narrow = nn.ModuleDict()
+        self.config_widths: dict[str, ConfigWidth] = {}
+        self.merged_adapters: list[str] = []
+        self._disable_adapters = False
+        self._wide: list[nn.Module] = []  # the original while merged; in a list, for it is not a submodule
+
+    def add_narrow(self, adapter_name: str, narrow: NarrowProjection, width: ConfigWidth | None) -> None:
+        """Adds an adapter's version of this projection.
+
+        Args:
+            adapter_name: the adapter.
+            narrow: its narrow projection.
+            width: where the config states the FFN's width, on the out-projection; None on the others.
+        """
+        self.mlp_fusion_narrow[adapter_name] = narrow
+        if width is not None:
+            self.config_widths[adapter_name] = width
+        active: list[str] = list(self.active_adapters)  # type: ignore[arg-type]
+        self.set_adapter(active)
+
+    def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
+        """Sets the active adapters; at most one of them may be a narrow version of this projection.
+
+        Raises:
+            ValueError: if two would be.
+        """
+        names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
+        check_one_active([name for name in names if name in self.mlp_fusion_narrow])
+        super().set_adapter(names, inference_mode=inference_mode)
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Puts the plain narrow projection, scale folded in, in the place of the original, which is kept.
+
+        Args:
+            safe_merge: whether to refuse a projection that holds NaN.
+            adapter_names: the adapter to merge, in a list; None for the active one.
+
+        Raises:
+            ValueError: if there are NaNs under `safe_merge`, or two adapters to merge.
+        """
+        names = [n for n in check_adapters_to_merge(self, adapter_names) if n in self.mlp_fusion_narrow]
+        if not names:
+            return
+        check_one_active([*self.merged_adapters, *names])
+        weight, bias = self._narrow(names[0]).folded()
+        tensors = [weight] if bias is None else [weight, bias]
+        if safe_merge and not all(bool(torch.isfinite(t).all()) for t in tensors):
+            raise ValueError(f"NaNs detected in the merged weights. The adapter {names[0]} seems to be broken")
+        wide = self.base_layer
+        self.base_layer = plain_projection(wide, weight.detach(), None if bias is None else bias.detach())
+        self._wide.append(wide)
+        self.merged_adapters.append(names[0])
+
+    def unmerge(self) -> None:
+        """Puts the original projection back."""
+        if not self.merged:
+            return
+        narrow, self.base_layer = self.base_layer, self._wide.pop()
+        self.base_layer.to(next(narrow.parameters()).device)
+        self.merged_adapters.clear()
+
+    def unload_and_optionally_merge_module(
+        self, merge: bool, safe_merge: bool, adapter_names: list[str] | None
+    ) -> nn.Module:
+        """The plain module that takes this layer's place for good; called by PEFT's tuners, LoRA's included.
+
+        Args:
+            merge: whether that is the narrow projection (the config's width then follows) or the original.
+            safe_merge: see `merge`.
+            adapter_names: see `merge`.
+        """
+        if not merge:
+            self.unmerge()
+            return self.base_layer
+        self.merge(safe_merge=safe_merge, adapter_names=adapter_names)
+        for name in self.merged_adapters:
+            if name in self.config_widths:
+                self.config_widths[name].apply()
+        return self.base_layer
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """Maps (..., in_features) to (..., out_features) of the original or of the active narrow projection."""
+        if self.disable_adapters and self.merged:
+            self.unmerge()
+        if not self.disable_adapters and not self.merged:
+            for name in self.active_adapters:  # type: ignore[union-attr]
+                if name in self.mlp_fusion_narrow:
+                    return self.mlp_fusion_narrow[name](x)
+        return self.base_layer(x, *args, **kwargs)
+
+    def __repr__(self) -> str:
+        return "mlp_fusion." + super().__repr__()
+
+    def _narrow(self, adapter_name: str) -> NarrowProjection:
+        narrow = self.mlp_fusion_narrow[adapter_name]
+        assert isinstance(narrow, NarrowProjection)
+        return narrow
+
+
+def check_one_active(names: Sequence[str]) -> None:
+    """Refuses two narrow versions of one FFN at once.
+
+    Raises:
+        ValueError: if there is more than one name.
+    """
+    if len(names) > 1:
+        raise ValueError(
+            f"The fusion adapters {list(names)} cannot be active or merged together: an FFN is replaced by one narrow "
+            "FFN, and two of them do not add up to a third. Choose one with `set_adapter`."
+        )
+
+
+def plain_projection(like: nn.Module, weight: Tensor, bias: Tensor | None) -> nn.Module:
+    """A plain linear module of the kind, dtype and device of another, with other weights.
+
+    Args:
+        like: an `nn.Linear` (or a subclass without state of its own) or a `Conv1D`.
+        weight: tensor of shape (out_features, in_features).
+        bias: tensor of shape (out_features,), or None.
+    """
+    old = like.weight
+    assert isinstance(old, Tensor)
+    out_features, in_features = weight.shape
+    module: nn.Module
+    if isinstance(like, Conv1D):
+        module, weight = Conv1D(out_features, in_features), weight.T.contiguous()
+    else:
+        module = linear = type(like).__new__(type(like))
+        nn.Linear.__init__(linear, in_features, out_features, bias is not None, device="meta")  # type: ignore[arg-type]
+    module.weight = nn.Parameter(weight.to(old, copy=True), requires_grad=old.requires_grad)
+    if bias is not None:
+        module.bias = nn.Parameter(bias.to(old, copy=True), requires_grad=old.requires_grad)
+    return module.train(like.training)

@@ -1,0 +1,228 @@
+"""`FusionModel`, the tuner: it plans, has the narrow weights made, and puts the layers in place."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from peft import PeftConfig
+from peft.tuners.tuners_utils import BaseTuner
+from torch import Tensor, nn
+
+from .checkpoint import check_checkpoint
+from .config import FusionConfig
+from .ffn import check_finite, projection_tensors, read_ffn
+from .fusing.fusion import fuse as fuse_weights
+from .fusing.weights import NarrowFFN
+from .layer import FusionLayer, NarrowInProjection, NarrowOutProjection, NarrowProjection, check_one_active
+from .plan import PlannedFFN, plan_ffns
+from .progress import progress
+
+
+class FusionModel(BaseTuner):
+    """Replaces the FFNs of a model by narrow ones, whose neurons are clusters of the original neurons.
+
+    Everything that can be refused is refused, and all narrow weights are made, before the first module of the
+    model is replaced: a call that fails leaves the model as it was.
+
+    Args:
+        model: the model whose FFNs are fused, in place.
+        peft_config: the configuration, or adapter name -> configuration.
+        adapter_name: the adapter's name.
+
+    Raises:
+        ValueError: if the model already has an adapter of that name, or the configuration does not fit it.
+    """
+
+    prefix: str = "mlp_fusion_"
+    tuner_layer_cls = FusionLayer
+    target_module_mapping: dict[str, list[str]] = {}
+
+    def __init__(
+        self,
+        model: nn.Module,
+        peft_config: PeftConfig | dict[str, PeftConfig],
+        adapter_name: str,
+        low_cpu_mem_usage: bool = False,
+        state_dict: dict[str, Tensor] | None = None,
+    ) -> None:
+        if adapter_name in getattr(model, "peft_config", {}):
+            raise ValueError(
+                f"The model already has an adapter named {adapter_name!r}. Give this one another `adapter_name`."
+            )
+        super().__init__(model, peft_config, adapter_name, low_cpu_mem_usage=low_cpu_mem_usage, state_dict=state_dict)
+
+    def inject_adapter(
+        self,
+        model: nn.Module,
+        adapter_name: str,
+        autocast_adapter_dtype: bool = True,
+        low_cpu_mem_usage: bool = False,
+        state_dict: dict[str, Tensor] | None = None,
+    ) -> None:
+        """Plans, makes the narrow weights and only then changes the model; see `BaseTuner.inject_adapter`."""
+        self._state_dict = state_dict
+        self._weights_follow = low_cpu_mem_usage or nn.Linear(1, 1).weight.is_meta
+        self._projections: dict[str, tuple[NarrowProjection, PlannedFFN]] = {}
+        try:
+            super().inject_adapter(
+                model,
+                adapter_name,
+                autocast_adapter_dtype=autocast_adapter_dtype,
+                low_cpu_mem_usage=low_cpu_mem_usage,
+                state_dict=state_dict,
+            )
+        finally:
+            self._projections, self._state_dict = {}, None
+
+    def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
+        """Sets the active adapter; see `BaseTuner.set_adapter`.
+
+        Raises:
+            ValueError: if two fusion adapters would be active on one FFN.
+        """
+        names = [adapter_name] if isinstance(adapter_name, str) else adapter_name
+        for module in self.model.modules():
+            if isinstance(module, FusionLayer):
+                check_one_active([name for name in names if name in module.mlp_fusion_narrow])
+        super().set_adapter(adapter_name, inference_mode=inference_mode)
+
+    def _prepare_adapter_config(self, peft_config: PeftConfig, model_config: dict) -> PeftConfig:
+        """`target_modules=None` stays: it means every FFN that is found."""
+        return peft_config
+
+    def _prepare_model(self, peft_config: FusionConfig, model: nn.Module) -> None:
+        """Makes every narrow projection of the adapter; nothing in the model has been changed up to here."""
+        plan = plan_ffns(model, peft_config, self._state_dict)
+        check_checkpoint(model, peft_config, plan)
+        if peft_config.fused or self._weights_follow or self._state_dict is not None:
+            ffns = [empty_projections(planned, peft_config) for planned in plan]
+        elif not peft_config.init_weights:
+            ffns = [random_projections(planned, peft_config) for planned in plan]
+        else:
+            ffns = fused_projections(plan, peft_config)
+        for planned, projections in zip(plan, ffns, strict=True):
+            for name, projection in zip(planned.ffn.projection_names, projections, strict=True):
+                self._projections[name] = (projection, planned)
+        peft_config.fused_widths = {p.ffn.name: [p.ffn.width, p.width] for p in plan}
+
+    def _check_target_module_exists(self, peft_config: PeftConfig, key: str) -> bool:
+        return key in self._projections
+
+    def _create_and_replace(
+        self,
+        peft_config: PeftConfig,
+        adapter_name: str,
+        target: nn.Module,
+        target_name: str,
+        parent: nn.Module,
+        current_key: str,
+        parameter_name: str | None = None,
+    ) -> None:
+        projection, planned = self._projections[current_key]
+        is_out = current_key == planned.ffn.projection_names[-1]
+        if nn.Linear(1, 1).weight.is_meta:
+            projection.to("meta")
+        layer = target if isinstance(target, FusionLayer) else FusionLayer(target)
+        layer.add_narrow(adapter_name, projection, planned.config_width if is_out else None)
+        if layer is not target:
+            self._replace_module(parent, target_name, layer, target)
+
+    def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
+        """The narrow projections are made on the right device, and a plain module needs nothing of the old one."""
+        setattr(parent, child_name, new_module)
+
+
+def fused_projections(plan: list[PlannedFFN], config: FusionConfig) -> list[list[NarrowProjection]]:
+    """The narrow projections of every planned FFN, made from the weights that the model holds.
+
+    Raises:
+        ValueError: if weights cannot be read, or hold NaN or infinite values.
+    """
+    originals = [read_ffn(planned.ffn) for planned in plan]
+    for planned, weights in zip(plan, originals, strict=True):
+        check_finite(weights, planned.ffn)
+    result = []
+    for planned, weights in progress(list(zip(plan, originals, strict=True)), "Fusing FFNs"):
+        narrow = fuse_weights(
+            weights,
+            planned.width,
+            degree=planned.ffn.degree,
+            n_init=config.n_init,
+            max_iter=config.max_iter,
+            seed=config.seed,
+        )
+        result.append(_projections(narrow, planned, config))
+    return result
+
+
+def random_projections(planned: PlannedFFN, config: FusionConfig) -> list[NarrowProjection]:
+    """Narrow projections of random weights."""
+    return _made_of(planned, config, lambda shape: torch.randn(shape) * 0.02)
+
+
+def empty_projections(planned: PlannedFFN, config: FusionConfig) -> list[NarrowProjection]:
+    """Narrow projections to load weights into; NaN, so that weights that never came cannot go unnoticed."""
+    return _made_of(planned, config, lambda shape: torch.full(shape, torch.nan))
+
+
+def _made_of(planned: PlannedFFN, config: FusionConfig, make: Any) -> list[NarrowProjection]:
+    shapes = planned.shapes(config)
+    projections: list[NarrowProjection] = []
+    for name, module in zip(planned.ffn.projection_names, planned.ffn.base_projections, strict=True):
+        like = module.weight
+        assert isinstance(like, Tensor)
+
+        def tensor(kind: str, name: str = name, like: Tensor = like) -> Tensor | None:
+            shape = shapes.get(f"{name}.{kind}")
+            made = None if shape is None else (torch.ones(shape) if kind == "scale" else make(shape))
+            return None if made is None else made.to(like.device, torch.float32 if kind == "scale" else like.dtype)
+
+        weight = tensor("weight")
+        assert weight is not None
+        kind = NarrowOutProjection if name == planned.ffn.projection_names[-1] else NarrowInProjection
+        projections.append(kind(weight, tensor("bias"), tensor("scale")))
+    return projections
+
+
+def _projections(narrow: NarrowFFN, planned: PlannedFFN, config: FusionConfig) -> list[NarrowProjection]:
+    """Narrow weights as the modules that hold them, each in the dtype and on the device of its original."""
+    weights = narrow.folded() if config.scale == "none" else narrow.weights
+    tensors = projection_tensors(weights, planned.ffn.layout)
+    projections: list[NarrowProjection] = []
+    for (weight, bias), module in zip(tensors, planned.ffn.base_projections, strict=True):
+        like = module.weight
+        assert isinstance(like, Tensor)
+        own = weight.to(like, copy=True).contiguous()
+        own_bias = None if bias is None else bias.to(like, copy=True)
+        if len(projections) < len(tensors) - 1:
+            projections.append(NarrowInProjection(own, own_bias, None))
+        else:
+            scale = None if config.scale == "none" else narrow.scale.to(like.device, torch.float32)
+            projections.append(NarrowOutProjection(own, own_bias, scale))
+    return projections
+
+
+def fuse(model: nn.Module, config: FusionConfig) -> nn.Module:
+    """Compresses a model in place to plain narrow modules, with no adapter left.
+
+    What may train afterwards is what could before; then any PEFT method, LoRA on the FFNs included, applies to
+    the narrow model as to any other.
+
+    Args:
+        model: the model, without adapters.
+        config: what to fuse and how.
+
+    Returns:
+        The same model, its FFNs narrow and its config's width set.
+
+    Raises:
+        ValueError: if the configuration does not fit the model, which then is unchanged.
+    """
+    trainable: Mapping[str, bool] = {name: p.requires_grad for name, p in model.named_parameters()}
+    tuner = FusionModel(model, config, "fused")
+    merged: nn.Module = tuner.merge_and_unload()
+    for name, parameter in merged.named_parameters():
+        parameter.requires_grad_(trainable.get(name, True))
+    return merged

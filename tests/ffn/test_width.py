@@ -1,0 +1,62 @@
+"""Where a model's config states the width of its FFNs."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import transformers as tf
+from architectures import ARCHITECTURES, BY_NAME
+
+from peft_fusion import FusionConfig, fuse
+from peft_fusion.ffn import config_widths, find_ffns
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES, ids=lambda a: a.name)
+def test_every_architectures_attribute_is_found(architecture):
+    model = architecture.make()
+    ffns = find_ffns(model)
+    places = config_widths(model, ffns, {ffn.name: 16 for ffn in ffns})
+    assert {place.attribute for place in places.values()} == {architecture.attribute}
+    assert {place.width for place in places.values()} == {16}
+    assert all(place.configs[-1] is model.config for place in places.values())
+
+
+def bart() -> tf.BartForConditionalGeneration:
+    torch.manual_seed(0)
+    sizes = {
+        "vocab_size": 99,
+        "d_model": 32,
+        "max_position_embeddings": 64,
+        "encoder_layers": 2,
+        "decoder_layers": 2,
+    }
+    heads = {"encoder_attention_heads": 4, "decoder_attention_heads": 4}
+    return tf.BartForConditionalGeneration(
+        tf.BartConfig(**sizes, **heads, encoder_ffn_dim=64, decoder_ffn_dim=64, pad_token_id=0)
+    ).eval()
+
+
+def test_encoder_and_decoder_have_attributes_of_their_own(tmp_path):
+    config = FusionConfig(width_pattern={"decoder.*": 16, "encoder.*": 32})
+    model = fuse(bart(), config)
+    assert (model.config.encoder_ffn_dim, model.config.decoder_ffn_dim) == (32, 16)
+    model.save_pretrained(tmp_path)
+    stock = tf.BartForConditionalGeneration.from_pretrained(tmp_path).eval()
+    ids = torch.arange(3, 9).unsqueeze(0)
+    torch.testing.assert_close(stock(input_ids=ids).logits, model(input_ids=ids).logits)
+
+
+def test_model_whose_config_states_no_width():
+    sizes = {"vocab_size": 99, "hidden_size": 32, "n_layer": 2, "n_head": 4}
+    model = tf.BloomForCausalLM(tf.BloomConfig(**sizes))
+    with pytest.warns(UserWarning, match="no attribute for the width"):
+        fuse(model, FusionConfig(ratio=0.5))
+
+
+def test_part_of_the_layers_cannot_be_stated():
+    llama = BY_NAME["llama"].make()
+    ffns = find_ffns(llama)
+    place = config_widths(llama, ffns, {ffns[0].name: 16})[ffns[0].name]
+    with pytest.warns(UserWarning, match="`config.intermediate_size` now have different widths"):
+        place.apply()
+    assert llama.config.intermediate_size == 64
