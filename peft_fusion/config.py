@@ -10,6 +10,7 @@ from peft import PeftConfig
 from peft.utils import PeftType
 
 METHODS = ("fusion",)
+BASE_WEIGHTS = ("keep", "offload", "discard")
 SCALES = ("auto", "counts", "none")
 
 
@@ -33,6 +34,9 @@ class FusionConfig(PeftConfig):
         method (`str`): How the narrow FFN comes from the full one: "fusion".
         scale (`str`): The standalone, non-trainable scale of the hidden activations: "counts" (the sizes of the
             clusters, the paper's P), "none" (folded into the out-projection), "auto".
+        base_weights (`str`): What becomes of the original FFN weights: "keep", "offload" (to CPU memory, brought
+            back for `disable_adapter`, `unload` and `unmerge_adapter`) or "discard" (least memory; what needs the
+            original model then raises).
         n_init (`int`, *optional*): Restarts of the clustering; `None`: the engine's default.
         max_iter (`int`, *optional*): Iterations of the clustering; `None`: the engine's default.
         seed (`int`): Makes the clustering repeatable, on every rank the same.
@@ -75,6 +79,9 @@ class FusionConfig(PeftConfig):
     )
     method: str = field(default="fusion", metadata={"help": f"One of {METHODS}."})
     scale: str = field(default="auto", metadata={"help": f"The standalone scale of the hidden units: {SCALES}."})
+    base_weights: str = field(
+        default="keep", metadata={"help": f"What becomes of the original FFN weights: {BASE_WEIGHTS}."}
+    )
     n_init: int | None = field(default=None, metadata={"help": "Restarts of the clustering."})
     max_iter: int | None = field(default=None, metadata={"help": "Iterations of the clustering."})
     seed: int = field(default=0, metadata={"help": "Makes the clustering repeatable."})
@@ -90,6 +97,7 @@ class FusionConfig(PeftConfig):
         self._check_widths()
         self._check_choice("method", METHODS)
         self._check_choice("scale", SCALES)
+        self._check_choice("base_weights", BASE_WEIGHTS)
         for name in ("n_init", "max_iter"):
             if getattr(self, name) is not None:
                 self._check_positive_int(name, getattr(self, name))

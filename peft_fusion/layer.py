@@ -11,7 +11,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from .ffn import ConfigWidth
+from .ffn import ConfigWidth, bring_back, require_originals, take_away
 
 
 class NarrowProjection(nn.Module):
@@ -91,6 +91,7 @@ class FusionLayer(nn.Module, BaseTunerLayer):
         self.merged_adapters: list[str] = []
         self._disable_adapters = False
         self._wide: list[nn.Module] = []  # the original while merged; in a list, for it is not a submodule
+        self._offloads = False
 
     def add_narrow(self, adapter_name: str, narrow: NarrowProjection, width: ConfigWidth | None) -> None:
         """Adds an adapter's version of this projection.
@@ -106,6 +107,30 @@ class FusionLayer(nn.Module, BaseTunerLayer):
         active: list[str] = list(self.active_adapters)  # type: ignore[arg-type]
         self.set_adapter(active)
 
+    def set_aside(self, keep: bool) -> None:
+        """Takes the original weights out of the layer, to CPU memory (`keep`) or for good."""
+        self._offloads = keep
+        take_away(self.base_layer, keep)
+
+    def require_originals(self) -> None:
+        """Refuses what needs the original weights before anything is changed.
+
+        Raises:
+            RuntimeError: if they were dropped.
+        """
+        require_originals(self._wide[-1] if self.merged else self.base_layer)
+
+    def enable_adapters(self, enabled: bool) -> None:
+        """Turns the narrow projections on or off; off needs the original weights.
+
+        Raises:
+            RuntimeError: if they were dropped.
+        """
+        if not enabled:
+            bring_back(self._wide[-1] if self.merged else self.base_layer)
+            self.unmerge()
+        super().enable_adapters(enabled)
+
     def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
         """Sets the active adapters; at most one of them may be a narrow version of this projection.
 
@@ -113,8 +138,11 @@ class FusionLayer(nn.Module, BaseTunerLayer):
             ValueError: if two would be.
         """
         names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
-        check_one_active([name for name in names if name in self.mlp_fusion_narrow])
+        active = [name for name in names if name in self.mlp_fusion_narrow]
+        check_one_active(active)
         super().set_adapter(names, inference_mode=inference_mode)
+        if active and self._offloads and not self.merged:
+            take_away(self.base_layer, keep=True)
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Puts the plain narrow projection, scale folded in, in the place of the original, which is kept.
@@ -159,6 +187,7 @@ class FusionLayer(nn.Module, BaseTunerLayer):
         """
         if not merge:
             self.unmerge()
+            bring_back(self.base_layer)
             return self.base_layer
         self.merge(safe_merge=safe_merge, adapter_names=adapter_names)
         for name in self.merged_adapters:
@@ -168,12 +197,11 @@ class FusionLayer(nn.Module, BaseTunerLayer):
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Maps (..., in_features) to (..., out_features) of the original or of the active narrow projection."""
-        if self.disable_adapters and self.merged:
-            self.unmerge()
         if not self.disable_adapters and not self.merged:
             for name in self.active_adapters:  # type: ignore[union-attr]
                 if name in self.mlp_fusion_narrow:
                     return self.mlp_fusion_narrow[name](x)
+        bring_back(self.base_layer)
         return self.base_layer(x, *args, **kwargs)
 
     def __repr__(self) -> str:

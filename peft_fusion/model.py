@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -75,6 +75,11 @@ class FusionModel(BaseTuner):
             )
         finally:
             self._projections, self._state_dict = {}, None
+        base_weights = self.peft_config[adapter_name].base_weights
+        if base_weights != "keep":
+            for layer in self._fusion_layers():
+                if adapter_name in layer.mlp_fusion_narrow:
+                    layer.set_aside(keep=base_weights == "offload")
 
     def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
         """Sets the active adapter; see `BaseTuner.set_adapter`.
@@ -83,10 +88,34 @@ class FusionModel(BaseTuner):
             ValueError: if two fusion adapters would be active on one FFN.
         """
         names = [adapter_name] if isinstance(adapter_name, str) else adapter_name
-        for module in self.model.modules():
-            if isinstance(module, FusionLayer):
-                check_one_active([name for name in names if name in module.mlp_fusion_narrow])
+        for layer in self._fusion_layers():
+            check_one_active([name for name in names if name in layer.mlp_fusion_narrow])
         super().set_adapter(adapter_name, inference_mode=inference_mode)
+
+    def disable_adapter_layers(self) -> None:
+        """Makes the model compute what the original does; see `BaseTuner.disable_adapter_layers`.
+
+        Raises:
+            RuntimeError: if the original weights were dropped.
+        """
+        self._require_originals()
+        super().disable_adapter_layers()
+
+    def unload(self) -> nn.Module:
+        """Gives the original model back; see `BaseTuner.unload`.
+
+        Raises:
+            RuntimeError: if the original weights were dropped.
+        """
+        self._require_originals()
+        return super().unload()
+
+    def _fusion_layers(self) -> Iterator[FusionLayer]:
+        return (module for module in self.model.modules() if isinstance(module, FusionLayer))
+
+    def _require_originals(self) -> None:
+        for layer in self._fusion_layers():
+            layer.require_originals()
 
     def _prepare_adapter_config(self, peft_config: PeftConfig, model_config: dict) -> PeftConfig:
         """`target_modules=None` stays: it means every FFN that is found."""

@@ -2,6 +2,7 @@
 
 from .find import FFN, across_neurons, base_of, features, find_ffns
 from .layouts import LAYOUTS, FFNLayout, register_layout
+from .originals import bring_back, require_originals, take_away
 from .select import Selection, select_ffns, target_widths
 from .weights import check_finite, projection_tensors, read_ffn
 from .width import ConfigWidth, config_widths
@@ -14,6 +15,7 @@ __all__ = [
     "Selection",
     "across_neurons",
     "base_of",
+    "bring_back",
     "check_finite",
     "config_widths",
     "features",
@@ -21,6 +23,8 @@ __all__ = [
     "projection_tensors",
     "read_ffn",
     "register_layout",
+    "require_originals",
     "select_ffns",
+    "take_away",
     "target_widths",
 ]

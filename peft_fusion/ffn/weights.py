@@ -9,6 +9,7 @@ from transformers.pytorch_utils import Conv1D
 from ..fusing.weights import FFNWeights
 from .find import FFN
 from .layouts import FFNLayout
+from .originals import original_parameter
 
 
 def read_ffn(ffn: FFN) -> FFNWeights:
@@ -72,7 +73,7 @@ def check_finite(weights: FFNWeights, ffn: FFN) -> None:
 
 def _matrix(module: nn.Module, name: str) -> Tensor:
     """The weight of a linear module as (out_features, in_features)."""
-    weight = module.weight
+    weight = original_parameter(module, "weight")
     if not isinstance(weight, Tensor) or weight.is_meta or not weight.is_floating_point() or weight.dim() != 2:
         shape = tuple(getattr(weight, "shape", ()))
         raise ValueError(
@@ -80,10 +81,8 @@ def _matrix(module: nn.Module, name: str) -> Tensor:
             f"{getattr(weight, 'device', None)}) cannot be read as a floating-point matrix. Load the model "
             "unquantised and with its weights in memory before fusing."
         )
-    weight = weight.detach()
     return weight.T if isinstance(module, Conv1D) else weight
 
 
 def _bias(module: nn.Module) -> Tensor | None:
-    bias = getattr(module, "bias", None)
-    return None if bias is None else bias.detach()
+    return original_parameter(module, "bias")

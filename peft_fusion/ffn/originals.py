@@ -1,0 +1,80 @@
+"""What becomes of a projection's original weights once a narrow one stands in for it.
+
+They can stay where they are, move to CPU memory, or be dropped. A projection without its weights keeps empty
+parameters of the same dtype on the same device, for there is code that looks at them (T5 reads `wo.weight.dtype`),
+and meta tensors would make `Trainer`'s `.to()` fail.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+_AWAY = "_mlp_fusion_originals"  # on the module: name -> tensor in CPU memory, or an empty dict once dropped
+
+
+def take_away(module: nn.Module, keep: bool) -> None:
+    """Replaces a projection's parameters by empty ones.
+
+    Args:
+        module: the projection.
+        keep: whether the originals stay in CPU memory, for `bring_back`.
+    """
+    if is_away(module):
+        return
+    originals = {name: parameter.detach() for name, parameter in module.named_parameters(recurse=False)}
+    setattr(module, _AWAY, {name: tensor.cpu() for name, tensor in originals.items()} if keep else {})
+    for name, tensor in originals.items():
+        _set(module, name, torch.empty(0, dtype=tensor.dtype, device=tensor.device))
+
+
+def bring_back(module: nn.Module) -> None:
+    """Puts a projection's original parameters back on the device it is on now; does nothing if they never left.
+
+    Raises:
+        RuntimeError: if they were dropped.
+    """
+    require_originals(module)
+    if not is_away(module):
+        return
+    for name, tensor in getattr(module, _AWAY).items():
+        _set(module, name, tensor.to(getattr(module, name).device))
+    delattr(module, _AWAY)
+
+
+def require_originals(module: nn.Module) -> None:
+    """Refuses what needs a projection's original weights.
+
+    Raises:
+        RuntimeError: if they were dropped.
+    """
+    if is_dropped(module):
+        raise RuntimeError(
+            'The original FFN weights were dropped (`base_weights="discard"`), so the original model cannot be '
+            'had back, nor further adapters made of it. Load it anew, or fuse with `base_weights="keep"` or "offload".'
+        )
+
+
+def is_away(module: nn.Module) -> bool:
+    """Whether a projection's original parameters are not in it."""
+    return hasattr(module, _AWAY)
+
+
+def is_dropped(module: nn.Module) -> bool:
+    """Whether a projection's original parameters are gone for good."""
+    return getattr(module, _AWAY, None) == {}
+
+
+def original_parameter(module: nn.Module, name: str) -> Tensor | None:
+    """A projection's original parameter, wherever it is; None if it never had one of that name.
+
+    Raises:
+        RuntimeError: if it was dropped.
+    """
+    require_originals(module)
+    tensor = getattr(module, _AWAY, {}).get(name, getattr(module, name, None))
+    return None if tensor is None else tensor.detach()
+
+
+def _set(module: nn.Module, name: str, tensor: Tensor) -> None:
+    module.register_parameter(name, nn.Parameter(tensor, requires_grad=False))
