@@ -1,0 +1,209 @@
+"""`calibrate`: one pass over a few batches, for a narrow FFN that does on real inputs what the original does.
+
+Every FFN's second moments of hidden activations are accumulated (products only, four bytes times the square of its
+width), and the inputs of a few held-out tokens are kept to choose by. They stay on the model until
+`get_peft_model` uses them, and are freed then.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from peft import PeftModel
+from torch import Tensor, nn
+
+from .config import FusionConfig
+from .ffn import features, read_ffn
+from .fusing.statistics import FFNStatistics
+from .layer import FusionLayer
+from .own_inputs import own_inputs
+from .plan import PlannedFFN, plan_ffns
+from .progress import progress
+from .recorder import Recorder
+
+Batch = Mapping[str, Tensor]
+_ATTRIBUTE = "_mlp_fusion_calibration"
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """What a calibration found out about a model.
+
+    Args:
+        statistics: FFN name -> its statistics.
+        checksums: FFN name -> a number that changes with its weights.
+        source: where the inputs came from, in words.
+    """
+
+    statistics: dict[str, FFNStatistics]
+    checksums: dict[str, float]
+    source: str
+
+
+def calibrate(
+    model: nn.Module,
+    config: FusionConfig,
+    dataloader: Iterable[Batch] | None = None,
+    *,
+    sequences: int = 128,
+    length: int = 256,
+    ffns_per_pass: int | None = None,
+) -> None:
+    """Collects what data-aware fusion needs; call it before `get_peft_model` with the same configuration.
+
+    The best inputs are those that the model will be fine-tuned on, then other text, then what a causal LM samples
+    itself, then random tokens. 128 sequences suffice. Padding is left out where `attention_mask` says so.
+
+    Memory beyond the model's: 4 * width ** 2 bytes an FFN, and 2048 inputs an FFN in the model's dtype. What is on
+    a GPU is moved to CPU memory after each pass.
+
+    Args:
+        model: the model to be fused, with or without fusion adapters.
+        config: the configuration it will be fused with.
+        dataloader: batches as `Trainer` gives them to the model: mappings of tensors. None: the model makes its own
+            inputs, a causal LM by sampling text, another by random tokens.
+        sequences: how many sequences to use at most; every fourth is held out to choose by.
+        length: tokens in each of the model's own sequences.
+        ffns_per_pass: how many FFNs to accumulate at once, for less memory on the model's device; the data loader
+            is then iterated over several times. None: all of them.
+
+    Raises:
+        ValueError: if the configuration does not fit the model, there are too few batches, the model cannot take
+            one, or activations are not finite. The model is as it was then.
+    """
+    model = model.get_base_model() if isinstance(model, PeftModel) else model
+    for name, value in (("sequences", sequences), ("length", length), ("ffns_per_pass", ffns_per_pass or 1)):
+        if not isinstance(value, int) or value < 1:
+            raise ValueError(f"`{name}` must be an integer of at least 1, but got {value!r}.")
+    planned = plan_ffns(model, config)
+    statistics: dict[str, FFNStatistics] = {}
+    with _original_in_eval_mode(model):
+        batches: Iterable[Batch] = dataloader if dataloader is not None else _own(model, sequences, length, config)
+        for start in range(0, len(planned), ffns_per_pass or len(planned)):
+            group = planned[start : start + (ffns_per_pass or len(planned))]
+            seen = _record(model, group, batches, sequences, statistics)
+    tokens = max(s.tokens + s.held_out_tokens for s in statistics.values())
+    source = "the model's own inputs" if dataloader is None else "data"
+    found = Calibration(statistics, _checksums(planned), f"{seen} sequences, {tokens} tokens of {source}")
+    setattr(model, _ATTRIBUTE, found)
+
+
+def calibration_for(model: nn.Module, planned: Sequence[PlannedFFN]) -> Calibration | None:
+    """The calibration that a model holds, if it is for these FFNs as they are; None if there is none.
+
+    Raises:
+        ValueError: if it is for other FFNs, or weights have changed since.
+    """
+    found: Calibration | None = getattr(model, _ATTRIBUTE, None)
+    if found is None:
+        return None
+    missing = [p.ffn.name for p in planned if p.ffn.name not in found.statistics]
+    if missing:
+        raise ValueError(
+            f"The model was calibrated for the FFNs {sorted(found.statistics)[:4]}, but {missing[:4]} are to be fused "
+            "as well. Call `calibrate` with the configuration that you fuse with."
+        )
+    for name, checksum in _checksums(planned).items():
+        if checksum != found.checksums[name]:
+            raise ValueError(
+                f"The weights of the FFN {name!r} have changed since the model was calibrated. Call `calibrate` again."
+            )
+    return found
+
+
+def drop_calibration(model: nn.Module) -> None:
+    """Frees the statistics that a model holds, if any."""
+    if hasattr(model, _ATTRIBUTE):
+        delattr(model, _ATTRIBUTE)
+
+
+def _own(model: nn.Module, sequences: int, length: int, config: FusionConfig) -> list[Batch]:
+    inputs = own_inputs(model, sequences, length, config.seed)
+    return list(progress(inputs, "Making calibration inputs"))
+
+
+def _checksums(planned: Sequence[PlannedFFN]) -> dict[str, float]:
+    blocks = {p.ffn.name: read_ffn(p.ffn).blocks() for p in planned}
+    return {name: sum(float(b.sum(dtype=torch.float64)) for b in found) for name, found in blocks.items()}
+
+
+def _record(
+    model: nn.Module,
+    planned: Sequence[PlannedFFN],
+    batches: Iterable[Batch],
+    sequences: int,
+    statistics: dict[str, FFNStatistics],
+) -> int:
+    """Runs batches through the model, adds the statistics of some of its FFNs, and returns the sequences seen."""
+    recorder = Recorder({p.ffn.name: _empty(p) for p in planned})
+    seen = 0
+    with ExitStack() as hooks:
+        for p in planned:
+            first, *_, out = p.ffn.projections
+            hooks.enter_context(_removed(first.register_forward_pre_hook(recorder.inputs_hook(p.ffn.name))))
+            hooks.enter_context(_removed(out.register_forward_pre_hook(recorder.hidden_hook(p.ffn.name))))
+        for batch in progress(batches, "Calibrating"):
+            seen += recorder.start(batch, seen)
+            _forward(model, batch)
+            if seen >= sequences:
+                break
+    recorder.check(seen)
+    statistics.update({name: statistic.cpu() for name, statistic in recorder.statistics.items()})
+    return seen
+
+
+def _empty(planned: PlannedFFN) -> FFNStatistics:
+    first = planned.ffn.base_projections[0]
+    return FFNStatistics(planned.ffn.width, features(first)[0], next(first.parameters()).device)
+
+
+def _forward(model: nn.Module, batch: Batch) -> None:
+    """One forward pass, without the loss and, where the model allows it, without the logits."""
+    device = next(model.parameters()).device
+    accepted = inspect.signature(model.forward).parameters
+    inputs: dict[str, Any] = {name: value.to(device) for name, value in batch.items()}
+    if "decoder_input_ids" in inputs or not getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        inputs.pop("labels", None)
+    cheaper = {"use_cache": False, "logits_to_keep": 1}
+    inputs |= {name: value for name, value in cheaper.items() if name in accepted and "labels" not in inputs}
+    with torch.no_grad():
+        try:
+            model(**inputs)
+        except (TypeError, IndexError, KeyError, AttributeError) as error:
+            raise ValueError(
+                f"{type(model).__name__} cannot take a calibration batch with {sorted(batch)}: {error}. Give batches "
+                "as `Trainer` would give them to it."
+            ) from error
+
+
+@contextmanager
+def _original_in_eval_mode(model: nn.Module) -> Iterator[None]:
+    """The model without its fusion adapters and without dropout; then as it was."""
+    training = {module: module.training for module in model.modules()}
+    trainable = {parameter: parameter.requires_grad for parameter in model.parameters()}
+    enabled = [m for m in model.modules() if isinstance(m, FusionLayer) and not m.disable_adapters]
+    try:
+        for layer in enabled:
+            layer.enable_adapters(False)
+        yield model.eval()  # type: ignore[misc]
+    finally:
+        for layer in enabled:
+            layer.enable_adapters(True)
+        for parameter, flag in trainable.items():
+            parameter.requires_grad_(flag)
+        for module, flag in training.items():
+            module.training = flag
+
+
+@contextmanager
+def _removed(handle: Any) -> Iterator[None]:
+    """Removes a hook at the end."""
+    try:
+        yield
+    finally:
+        handle.remove()

@@ -1,0 +1,78 @@
+"""Calibration inputs that a model makes for itself, for when no data may or can be used."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+BATCH_SIZE = 16
+
+
+def own_inputs(model: nn.Module, sequences: int, length: int, seed: int) -> Iterator[dict[str, Tensor]]:
+    """Batches of inputs without any data: a causal LM's own text, random tokens for any other text model.
+
+    Sampled text is close to what the model was trained on and calibrates nearly as well as text of another
+    domain; random tokens do worse, but far better than nothing.
+
+    Args:
+        model: a transformers model that takes `input_ids`.
+        sequences: how many sequences to make.
+        length: tokens in each.
+        seed: makes them repeatable; torch's global random state is left as it was.
+
+    Yields:
+        `input_ids` (and for an encoder-decoder `decoder_input_ids`) of shape (batch, length).
+
+    Raises:
+        ValueError: if the model has no vocabulary to draw from.
+    """
+    config = getattr(model, "config", None)
+    vocabulary = getattr(config, "vocab_size", None)
+    if config is None or not isinstance(vocabulary, int):
+        raise ValueError(
+            f"{type(model).__name__} has no `config.vocab_size`, so it cannot make inputs of its own. Pass a "
+            "`dataloader`."
+        )
+    positions = getattr(config, "max_position_embeddings", None) or length + 2
+    length = min(length, positions - 2)  # RoBERTa's positions start at 2
+    for start in range(0, sequences, BATCH_SIZE):
+        size = min(BATCH_SIZE, sequences - start)
+        if _is_causal_lm(model):
+            yield {"input_ids": _sample_text(model, size, length, seed + start)}
+        else:
+            generator = torch.Generator().manual_seed(seed + start)
+            ids = torch.randint(0, vocabulary, (2, size, length), generator=generator)
+            decoder = {"decoder_input_ids": ids[1]} if config.is_encoder_decoder else {}
+            yield {"input_ids": ids[0], **decoder}
+
+
+def _is_causal_lm(model: nn.Module) -> bool:
+    """Whether a model generates text by itself, from a start token alone."""
+    can_generate = getattr(model, "can_generate", lambda: False)
+    return bool(can_generate()) and not getattr(model.config, "is_encoder_decoder", False)
+
+
+def _sample_text(model: Any, size: int, length: int, seed: int) -> Tensor:
+    """Text sampled at temperature 1, half of it from the start token and half from random ones: (size, length)."""
+    device = next(model.parameters()).device
+    generator = torch.Generator().manual_seed(seed)
+    start = torch.randint(0, model.config.vocab_size, (size, 1), generator=generator)
+    if getattr(model.config, "bos_token_id", None) is not None:
+        start[: size // 2] = model.config.bos_token_id
+    with torch.random.fork_rng([device] if device.type == "cuda" else []), torch.no_grad():
+        torch.manual_seed(seed)
+        sampled: Tensor = model.generate(
+            start.to(device),
+            attention_mask=torch.ones_like(start, device=device),
+            do_sample=True,
+            temperature=1.0,
+            top_k=0,
+            top_p=1.0,
+            min_new_tokens=length - 1,
+            max_new_tokens=length - 1,
+            pad_token_id=0,
+        )
+    return sampled
