@@ -24,7 +24,7 @@ from .layer import FusionLayer
 from .own_inputs import own_inputs
 from .plan import PlannedFFN, plan_ffns
 from .progress import progress
-from .recorder import Recorder
+from .recorder import Recorder, UnusableActivations
 
 Batch = Mapping[str, Tensor]
 _ATTRIBUTE = "_mlp_fusion_calibration"
@@ -174,7 +174,9 @@ def _forward(model: nn.Module, batch: Batch) -> None:
     with torch.no_grad():
         try:
             model(**inputs)
-        except (TypeError, IndexError, KeyError, AttributeError) as error:
+        except (UnusableActivations, torch.OutOfMemoryError):
+            raise
+        except (TypeError, ValueError, IndexError, KeyError, AttributeError, RuntimeError) as error:
             raise ValueError(
                 f"{type(model).__name__} cannot take a calibration batch with {sorted(batch)}: {error}. Give batches "
                 "as `Trainer` would give them to it."

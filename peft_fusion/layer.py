@@ -112,13 +112,18 @@ class FusionLayer(nn.Module, BaseTunerLayer):
         self._offloads = keep
         take_away(self.base_layer, keep)
 
+    @property
+    def original_layer(self) -> nn.Module:
+        """The original projection, which is set aside while an adapter is merged."""
+        return self._wide[-1] if self.merged else self.base_layer
+
     def require_originals(self) -> None:
         """Refuses what needs the original weights before anything is changed.
 
         Raises:
             RuntimeError: if they were dropped.
         """
-        require_originals(self._wide[-1] if self.merged else self.base_layer)
+        require_originals(self.original_layer)
 
     def enable_adapters(self, enabled: bool) -> None:
         """Turns the narrow projections on or off; off needs the original weights.
@@ -127,7 +132,7 @@ class FusionLayer(nn.Module, BaseTunerLayer):
             RuntimeError: if they were dropped.
         """
         if not enabled:
-            bring_back(self._wide[-1] if self.merged else self.base_layer)
+            bring_back(self.original_layer)
             self.unmerge()
         super().enable_adapters(enabled)
 
@@ -144,6 +149,23 @@ class FusionLayer(nn.Module, BaseTunerLayer):
         if active and self._offloads and not self.merged:
             take_away(self.base_layer, keep=True)
 
+    def check_merge(self, safe_merge: bool, adapter_names: list[str] | None) -> None:
+        """Refuses what `merge` would refuse, and changes nothing.
+
+        Args:
+            safe_merge: see `merge`.
+            adapter_names: see `merge`.
+
+        Raises:
+            ValueError: if there are NaNs under `safe_merge`, or two adapters to merge.
+        """
+        wanted: list[str] = self.active_adapters if adapter_names is None else adapter_names  # type: ignore[assignment]
+        names = [n for n in wanted if n in self.mlp_fusion_narrow and n not in self.merged_adapters]
+        check_one_active([*self.merged_adapters, *names])
+        for name in names if safe_merge else ():
+            if not all(bool(torch.isfinite(t).all()) for t in self._narrow(name).folded() if t is not None):
+                raise ValueError(f"NaNs detected in the merged weights. The adapter {name} seems to be broken")
+
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Puts the plain narrow projection, scale folded in, in the place of the original, which is kept.
 
@@ -154,14 +176,11 @@ class FusionLayer(nn.Module, BaseTunerLayer):
         Raises:
             ValueError: if there are NaNs under `safe_merge`, or two adapters to merge.
         """
+        self.check_merge(safe_merge, adapter_names)
         names = [n for n in check_adapters_to_merge(self, adapter_names) if n in self.mlp_fusion_narrow]
         if not names:
             return
-        check_one_active([*self.merged_adapters, *names])
         weight, bias = self._narrow(names[0]).folded()
-        tensors = [weight] if bias is None else [weight, bias]
-        if safe_merge and not all(bool(torch.isfinite(t).all()) for t in tensors):
-            raise ValueError(f"NaNs detected in the merged weights. The adapter {names[0]} seems to be broken")
         wide = self.base_layer
         self.base_layer = plain_projection(wide, weight.detach(), None if bias is None else bias.detach())
         self._wide.append(wide)
@@ -172,7 +191,7 @@ class FusionLayer(nn.Module, BaseTunerLayer):
         if not self.merged:
             return
         narrow, self.base_layer = self.base_layer, self._wide.pop()
-        self.base_layer.to(next(narrow.parameters()).device)
+        self.base_layer.to(next(narrow.parameters()))  # where and in what precision the model is by now
         self.merged_adapters.clear()
 
     def unload_and_optionally_merge_module(

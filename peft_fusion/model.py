@@ -15,9 +15,18 @@ from .config import FusionConfig
 from .ffn import check_finite, projection_tensors, read_ffn
 from .fusing.fusion import fuse as fuse_weights
 from .fusing.weights import NarrowFFN
-from .layer import FusionLayer, NarrowInProjection, NarrowOutProjection, NarrowProjection, check_one_active
+from .layer import (
+    FusionLayer,
+    NarrowInProjection,
+    NarrowOutProjection,
+    NarrowProjection,
+    check_adapter_name,
+    check_one_active,
+    narrow_state_dict,
+)
 from .plan import PlannedFFN, plan_ffns
 from .progress import progress
+from .registration import forget_refused_adapter
 
 
 class FusionModel(BaseTuner):
@@ -51,7 +60,13 @@ class FusionModel(BaseTuner):
             raise ValueError(
                 f"The model already has an adapter named {adapter_name!r}. Give this one another `adapter_name`."
             )
-        super().__init__(model, peft_config, adapter_name, low_cpu_mem_usage=low_cpu_mem_usage, state_dict=state_dict)
+        try:
+            super().__init__(
+                model, peft_config, adapter_name, low_cpu_mem_usage=low_cpu_mem_usage, state_dict=state_dict
+            )
+        except Exception:
+            forget_refused_adapter(model)
+            raise
 
     def inject_adapter(
         self,
@@ -62,6 +77,7 @@ class FusionModel(BaseTuner):
         state_dict: dict[str, Tensor] | None = None,
     ) -> None:
         """Plans, makes the narrow weights and only then changes the model; see `BaseTuner.inject_adapter`."""
+        check_adapter_name(adapter_name)
         self._state_dict = state_dict
         self._weights_follow = low_cpu_mem_usage or nn.Linear(1, 1).weight.is_meta
         self._projections: dict[str, tuple[NarrowProjection, PlannedFFN]] = {}
@@ -109,6 +125,39 @@ class FusionModel(BaseTuner):
         """
         self._require_originals()
         return super().unload()
+
+    def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
+        """Puts plain narrow projections in the place of the FFNs, after a check; see `BaseTuner.merge_adapter`.
+
+        Raises:
+            ValueError: if there are NaNs under `safe_merge`, or two adapters to merge; nothing is merged then.
+        """
+        for layer in self._fusion_layers():
+            layer.check_merge(safe_merge, adapter_names)
+        super().merge_adapter(adapter_names=adapter_names, safe_merge=safe_merge)
+
+    def _unload_and_optionally_merge(
+        self,
+        merge: bool = True,
+        progressbar: bool = False,
+        safe_merge: bool = False,
+        adapter_names: list[str] | None = None,
+    ) -> nn.Module:
+        for layer in self._fusion_layers() if merge else ():
+            layer.check_merge(safe_merge, adapter_names)
+        return super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
+
+    @classmethod
+    def _get_adapter_state_dict(
+        cls,
+        model: nn.Module,
+        config: PeftConfig,
+        adapter_name: str,
+        state_dict: dict[str, Tensor],
+        unwanted_adapter_names: list[str],
+    ) -> dict[str, Tensor]:
+        """Selects by structure; PEFT has dropped by name, so that an adapter called "mlp" hides another's tensors."""
+        return narrow_state_dict(model, adapter_name, state_dict)
 
     def _fusion_layers(self) -> Iterator[FusionLayer]:
         return (module for module in self.model.modules() if isinstance(module, FusionLayer))

@@ -16,6 +16,10 @@ HELD_OUT = 4
 Hook = Callable[[nn.Module, tuple[Any, ...]], None]
 
 
+class UnusableActivations(ValueError):
+    """Activations that no statistics can be made of; tells them from what the model itself raises."""
+
+
 class Recorder:
     """Adds what goes through FFNs to their statistics, three sequences of four, and holds the fourth out.
 
@@ -96,7 +100,7 @@ class Recorder:
         try:
             record()
         except ValueError as error:
-            raise ValueError(
+            raise UnusableActivations(
                 f"At the FFN {name!r} {error} (sequences {self._first} to {self._first + self._size - 1}). Check the "
                 "model in this dtype, and the batch."
             ) from error

@@ -3,6 +3,7 @@
 from .find import FFN, across_neurons, base_of, features, find_ffns
 from .layouts import LAYOUTS, FFNLayout, register_layout
 from .originals import bring_back, require_originals, take_away
+from .run import find_activation, run_ffn
 from .select import Selection, select_ffns, target_widths
 from .weights import check_finite, projection_tensors, read_ffn
 from .width import ConfigWidth, config_widths
@@ -19,11 +20,13 @@ __all__ = [
     "check_finite",
     "config_widths",
     "features",
+    "find_activation",
     "find_ffns",
     "projection_tensors",
     "read_ffn",
     "register_layout",
     "require_originals",
+    "run_ffn",
     "select_ffns",
     "take_away",
     "target_widths",

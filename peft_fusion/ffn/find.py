@@ -63,8 +63,8 @@ class FFN:
 
 
 def base_of(module: nn.Module) -> nn.Module:
-    """The module beneath any number of adapter wrappers."""
-    while isinstance(inner := getattr(module, "base_layer", None), nn.Module):
+    """The original module beneath any number of adapter wrappers, merged ones included."""
+    while isinstance(inner := getattr(module, "original_layer", getattr(module, "base_layer", None)), nn.Module):
         module = inner
     return module
 

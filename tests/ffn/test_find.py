@@ -7,7 +7,7 @@ import torch
 from architectures import ARCHITECTURES, BY_NAME
 from torch import nn
 
-from peft_fusion.ffn import FFNLayout, find_ffns, projection_tensors, read_ffn, register_layout
+from peft_fusion.ffn import FFNLayout, find_ffns, projection_tensors, read_ffn, register_layout, run_ffn
 from peft_fusion.ffn.layouts import LAYOUTS
 
 
@@ -18,21 +18,11 @@ def by_the_formula(weights, activation, x: torch.Tensor) -> torch.Tensor:
     return hidden @ weights.out_weight + (0 if weights.out_bias is None else weights.out_bias)
 
 
-def run_projections(ffn, x: torch.Tensor) -> torch.Tensor:
-    """An FFN's output from the model's own modules."""
-    *ins, out = ffn.projections
-    hidden = [module(x) for module in ins]
-    if ffn.layout.stacked:
-        hidden = list(hidden[0].chunk(2, dim=-1))
-    activated = ffn.activation(hidden[0])
-    return out(activated * hidden[1] if len(hidden) == 2 else activated)
-
-
 @pytest.mark.parametrize("architecture", ARCHITECTURES, ids=lambda a: a.name)
 def test_rows_compute_what_the_model_computes(architecture):
     x = torch.randn(5, 32)
     for ffn in find_ffns(architecture.make()):
-        torch.testing.assert_close(by_the_formula(read_ffn(ffn), ffn.activation, x), run_projections(ffn, x))
+        torch.testing.assert_close(by_the_formula(read_ffn(ffn), ffn.activation, x), run_ffn(ffn, ffn.projections, x))
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES, ids=lambda a: a.name)

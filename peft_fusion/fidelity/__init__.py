@@ -1,0 +1,184 @@
+"""`fidelity`: how close a fused model is to its original, in its outputs and in how it would train."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import islice
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from ..progress import progress
+from .ntk import Function, Kernels, linear_modules, tangent_kernels
+from .outputs import OutputErrors, main_output, padding_mask
+from .pair import Batch, Side, pair
+from .report import FFNFidelity, Fidelity, KernelError, NTKError, OutputError
+
+__all__ = ["FFNFidelity", "Fidelity", "KernelError", "NTKError", "OutputError", "fidelity"]
+
+
+def fidelity(
+    model: nn.Module,
+    dataloader: Iterable[Batch],
+    *,
+    reference: nn.Module | None = None,
+    max_batches: int | None = None,
+    sentences: int = 128,
+    function: Function | None = None,
+    memory: int = 2**28,
+    seed: int = 0,
+) -> Fidelity:
+    """Compares a fused model with its original: outputs, tangent kernels, parameters, FLOPs (paper, section 4).
+
+    The original is the same model with its original FFNs; everything else, a trained head say, is left as it is,
+    so that what differs is the FFNs. Their outputs are compared on the original's inputs to each of them.
+
+    The kernels are those of f, one number a sentence, over the weights and biases of the FFNs: of the fused model
+    over its narrow ones, with the standalone scale in the forward; of the original over its wide ones. By default f
+    is a fixed random projection of what the model puts out, averaged over a sentence's tokens: of the logits, in a
+    direction that softmax can see (it sums to 0; of two classes it is the difference), or of a feature model's last
+    hidden states. The sum of the logits would be what no cross-entropy depends on.
+
+    No gradient is ever held whole: beyond the models and one sentence's backward it takes about `memory`, 200 MB of
+    work space, and four (sentences, sentences) float64 kernels a projection. The inputs and outputs of the FFNs for
+    one batch come on top during the output errors.
+
+    Args:
+        model: a model with an active fusion adapter, or one that is narrow for good (then with a `reference`).
+        dataloader: batches as the model takes them, mappings of tensors whose first dimension counts the sentences.
+        reference: the original model; None: `model` with its original FFNs.
+        max_batches: how many batches to take; None for all.
+        sentences: how many sentences (the first ones) the kernels are over.
+        function: f: maps the model's output and a batch of one sentence to a tensor of one element, differentiably.
+        memory: bytes for the activations and gradients kept for the kernels. Less memory means more passes, down to
+            one FFN a pass: for that, 4 bytes * tokens of all sentences * (sizes in and out of its projections).
+        seed: of the random projection.
+
+    Returns:
+        The report. Model, reference, their gradients and adapters are left as they were, after an error as well.
+
+    Raises:
+        ValueError: if there is no original to compare with, the dataloader yields nothing, or a batch is not what
+            the model takes.
+    """
+    for name, value in (("max_batches", max_batches), ("sentences", sentences)):
+        if value is not None and value < 1:
+            raise ValueError(f"`{name}` must be at least 1, but got {value}.")
+    original, fused = pair(model, reference)
+    errors, singles, first, count = OutputErrors(original, fused), list[Batch](), None, 0
+    for batch in progress(_batches(dataloader, max_batches, fused), "Outputs"):
+        first, count = first or batch, count + 1
+        errors.add(batch)
+        singles += islice(_single_sentences(batch), sentences - len(singles))
+    if first is None:
+        raise ValueError("The dataloader yields no batch: give one that can be iterated anew, with at least one batch.")
+    function = function or _random_projection(fused, seed)
+    kernels = [tangent_kernels(side, singles, function, memory) for side in (original, fused)]
+    ffns = [_ffn_fidelity(*ffns, errors, *kernels) for ffns in zip(original.ffns, fused.ffns, strict=True)]
+    whole = [sum(list(k.values())[1:], next(iter(k.values()))) for k in kernels]
+    return Fidelity(
+        ffns=ffns,
+        hidden_states=errors.hidden_states.error(),
+        outputs=errors.outputs.error(),
+        ntk=_ntk_error(*whole),
+        batches=count,
+        sentences=len(singles),
+        parameters=(_parameters(original), _parameters(fused)),
+        flops=(_flops(original, first), _flops(fused, first)),
+        kernels={"adam": (whole[0].adam, whole[1].adam), "sgd": (whole[0].sgd, whole[1].sgd)},
+    )
+
+
+def _batches(dataloader: Iterable[Any], limit: int | None, side: Side) -> Iterator[Batch]:
+    """The batches without labels, unless an encoder-decoder makes its inputs from them."""
+    decodes = getattr(getattr(side.model, "config", None), "is_encoder_decoder", False)
+    for index, batch in enumerate(dataloader):
+        if index == limit:
+            return
+        if not isinstance(batch, Mapping) or not any(isinstance(value, Tensor) for value in batch.values()):
+            raise ValueError(
+                "A batch must be a mapping of argument names to tensors, as a data collator makes it, but the "
+                f"dataloader yields {type(batch).__name__}."
+            )
+        keep_labels = decodes and "decoder_input_ids" not in batch
+        yield {key: value for key, value in batch.items() if key != "labels" or keep_labels}
+
+
+def _single_sentences(batch: Batch) -> Iterator[Batch]:
+    """The batch's sentences, each a batch of its own."""
+    size = next(len(value) for value in batch.values() if isinstance(value, Tensor))
+    for i in range(size):
+        yield {
+            key: value[i : i + 1] if isinstance(value, Tensor) and len(value) == size else value
+            for key, value in batch.items()
+        }
+
+
+def _random_projection(side: Side, seed: int) -> Function:
+    """The default f; see `fidelity`."""
+    decodes = bool(getattr(getattr(side.model, "config", None), "is_encoder_decoder", False))
+
+    def function(output: Any, sentence: Batch) -> Tensor:
+        value = main_output(output)
+        assert value is not None
+        value = value.to(torch.promote_types(value.dtype, torch.float32))
+        dim = value.shape[-1]
+        direction = torch.randn(dim, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+        if getattr(output, "logits", None) is not None and dim > 1:
+            direction -= direction.mean()
+        projected = value @ (direction / direction.norm()).to(value)
+        mask = padding_mask(sentence, value.shape, decodes)
+        return projected.mean() if mask is None else projected[mask.to(projected.device)].mean()
+
+    return function
+
+
+def _ffn_fidelity(original: Any, fused: Any, errors: OutputErrors, before: Any, after: Any) -> FFNFidelity:
+    """The figures of one FFN."""
+    paths = [path for name, path in after if name == fused.name]
+    pairs = {path: (before[original.name, path], after[fused.name, path]) for path in paths}
+    totals: Sequence[Kernels] = [sum(side[1:], side[0]) for side in zip(*pairs.values(), strict=True)]
+    weight = getattr(linear_modules(fused.projections[-1], True)[-1], "weight", None)
+    narrow = fused.width if weight is None else int(weight.shape[-1])
+    return FFNFidelity(
+        name=fused.name,
+        width=original.width,
+        narrow_width=narrow,
+        output=errors.ffns[fused.name].error(),
+        ntk=_ntk_error(*totals),
+        matrices={path: _ntk_error(*kernels) for path, kernels in pairs.items()},
+    )
+
+
+def _ntk_error(original: Kernels, fused: Kernels) -> NTKError:
+    return NTKError(
+        KernelError.between(fused.adam, original.adam), KernelError.between(fused.sgd, original.sgd)
+    )
+
+
+def _parameters(side: Side) -> int:
+    """The model's parameters as it would be without an adapter: its FFNs narrow or not, its scale folded in."""
+    count = sum(
+        parameter.numel()
+        for name, parameter in side.model.named_parameters()
+        if ".mlp_fusion_narrow." not in name and ".modules_to_save." not in name
+    )
+    if side.fused:
+        for ffn in side.ffns:
+            for projection in ffn.projections:
+                narrow = {p for m in linear_modules(projection, True) for p in m.parameters()}
+                wide = {p for m in linear_modules(projection, False) for p in m.parameters()}
+                count += sum(p.numel() for p in narrow) - sum(p.numel() for p in wide)
+    return count
+
+
+def _flops(side: Side, batch: Batch) -> float:
+    """Of a forward over a batch, a token; attention in its plain form, whose products can be counted."""
+    mask = batch.get("attention_mask")
+    tokens = mask.numel() if isinstance(mask, Tensor) else next(iter(batch.values())).shape[:2].numel()
+    with side.running(), torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        side(batch)
+    return counter.get_total_flops() / tokens

@@ -1,0 +1,198 @@
+"""The tangent kernels of FFN weights over a set of sentences, without ever holding all gradients.
+
+For a projection `y = W x + b` the gradient of a sentence's f with respect to `[W | b]` is `sum_t d_t [x_t | 1]^T`,
+with x_t what goes in at token t and d_t the gradient of f with respect to y_t. A pass over the sentences keeps x
+and d of a few FFNs; then the gradients of one projection are formed some rows at a time, for all sentences, and
+their products added to the kernels
+
+    SGD   K(n, m)   = <g_n, g_m>            Adam   K_A(n, m) = <g_n, sign g_m>        (paper, section 4)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from ..ffn import FFN
+from ..layer import FusionLayer, NarrowInProjection, NarrowOutProjection, NarrowProjection
+from ..progress import progress
+from .pair import Batch, Side, active_narrow
+
+ROWS_MEMORY = 2**26
+"""Bytes of gradients that are formed at a time."""
+
+Function = Callable[[Any, Batch], Tensor]
+Token = tuple[Tensor, Tensor]
+
+
+@dataclass(frozen=True)
+class Kernels:
+    """The tangent kernels of some weights over n sentences.
+
+    Args:
+        adam: <grad f(x_n), sign grad f(x_m)>, float64 of shape (n, n) on the CPU.
+        sgd: <grad f(x_n), grad f(x_m)>, the same.
+    """
+
+    adam: Tensor
+    sgd: Tensor
+
+    def __add__(self, other: Kernels) -> Kernels:
+        return Kernels(self.adam + other.adam, self.sgd + other.sgd)
+
+
+def tangent_kernels(
+    side: Side, sentences: Sequence[Batch], function: Function, memory: int
+) -> dict[tuple[str, str], Kernels]:
+    """The kernels of every projection of a network's FFNs.
+
+    Args:
+        side: the network; its weights are those it runs with, the narrow ones of a fused network.
+        sentences: batches of one sentence each.
+        function: maps the model's output and the sentence to a tensor of one element, f.
+        memory: bytes for the activations and gradients that are kept at a time; where those of one FFN need more,
+            it gets a pass of its own. Passes are what less memory costs.
+
+    Returns:
+        (FFN's name, projection's path) -> its kernels.
+
+    Raises:
+        ValueError: if the model does not take a sentence.
+    """
+    kernels: dict[tuple[str, str], Kernels] = {}
+    with side.running():
+        passes = _passes(side, sentences, function, memory)
+        steps = progress([(ffns, i) for ffns in passes for i in range(len(sentences))], "Tangent kernels")
+        kept: list[dict[nn.Module, Token]] = []
+        for ffns, index in steps:
+            kept.append(_token_gradients(side, ffns, sentences[index], function))
+            if len(kept) < len(sentences):
+                continue
+            for ffn in ffns:
+                paths = (*ffn.layout.in_projections, ffn.layout.out_projection)
+                for path, module in zip(paths, ffn.projections, strict=True):
+                    parts = [_kernels_of(linear, kept) for linear in linear_modules(module, side.fused)]
+                    kernels[ffn.name, path] = sum(parts[1:], parts[0])
+            kept = []
+    return kernels
+
+
+def linear_modules(projection: nn.Module, fused: bool) -> list[nn.Module]:
+    """The modules that hold a projection's weights: the original's or, for a fused one, the narrow ones."""
+    if isinstance(projection, FusionLayer):
+        narrow = active_narrow(projection) if fused else None
+        projection = narrow if narrow is not None else projection.base_layer
+    return [module for module in projection.modules() if isinstance(module, (nn.Linear, Conv1D, NarrowProjection))]
+
+
+def _passes(side: Side, sentences: Sequence[Batch], function: Function, memory: int) -> list[list[FFN]]:
+    """The FFNs in groups whose activations fit the memory, judged by what the first sentence needs."""
+    first = _token_gradients(side, side.ffns, sentences[0], function)
+    factor = sum(map(_positions, sentences)) / _positions(sentences[0])
+    passes: list[list[FFN]] = [[]]
+    used = 0.0
+    for ffn in side.ffns:
+        modules = [linear for module in ffn.projections for linear in linear_modules(module, side.fused)]
+        tensors = [tensor for module in modules if module in first for tensor in first[module]]
+        need = factor * sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+        if passes[-1] and used + need > memory:
+            passes.append([])
+            used = 0.0
+        passes[-1].append(ffn)
+        used += need
+    return passes
+
+
+def _positions(sentence: Batch) -> int:
+    """How long a sentence is, in any unit."""
+    mask = sentence.get("attention_mask")
+    if isinstance(mask, Tensor):
+        return int(mask.sum()) or 1
+    return max(next(value.shape[1] if value.dim() > 1 else 1 for value in sentence.values()), 1)
+
+
+def _token_gradients(side: Side, ffns: list[FFN], sentence: Batch, function: Function) -> dict[nn.Module, Token]:
+    """For each linear module that f depends on, what its weights see: inputs (t, in) and gradients (t, out).
+
+    Tokens without a gradient, padding above all, are left out: they add nothing.
+    """
+    modules = {linear for ffn in ffns for p in ffn.projections for linear in linear_modules(p, side.fused)}
+    calls: list[tuple[nn.Module, Tensor, Tensor]] = []
+    with torch.enable_grad(), _recording(modules, calls):
+        value = function(side(sentence), sentence).sum()
+        gradients = torch.autograd.grad(value, [output for _, _, output in calls], allow_unused=True)
+    found: dict[nn.Module, list[Token]] = {}
+    for (module, x, _), gradient in zip(calls, gradients, strict=True):
+        if gradient is None:
+            continue
+        x, gradient = _as_weights_see_them(module, x.detach().flatten(0, -2), gradient.flatten(0, -2))
+        acts = (gradient != 0).any(1)
+        found.setdefault(module, []).append((x[acts], gradient[acts]))
+    return {
+        module: (torch.cat([x for x, _ in tokens]), torch.cat([gradient for _, gradient in tokens]))
+        for module, tokens in found.items()
+    }
+
+
+@contextmanager
+def _recording(modules: set[nn.Module], calls: list[tuple[nn.Module, Tensor, Tensor]]) -> Iterator[None]:
+    """Notes every call of the modules, with an output that gradients can be taken of though no weight requires one."""
+
+    def begin(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
+        return None if args[0].requires_grad else (args[0].detach().requires_grad_(), *args[1:])
+
+    def note(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+        calls.append((module, args[0], output))
+
+    handles = [module.register_forward_pre_hook(begin) for module in modules]
+    handles += [module.register_forward_hook(note) for module in modules]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _as_weights_see_them(module: nn.Module, x: Tensor, gradient: Tensor) -> Token:
+    """The scale of a narrow projection stands between its weights and what goes in or comes out."""
+    if isinstance(module, NarrowProjection) and module.scale is not None:
+        if isinstance(module, NarrowOutProjection):
+            x = (x * module.scale).to(x.dtype)
+        elif isinstance(module, NarrowInProjection):
+            gradient = (gradient * module.scale).to(gradient.dtype)
+    return x, gradient
+
+
+def _kernels_of(module: nn.Module, kept: Sequence[dict[nn.Module, Token]]) -> Kernels:
+    """One linear module's kernels, a few rows of its weights at a time."""
+    n = len(kept)
+    adam, sgd = torch.zeros(2, n, n, dtype=torch.float64)
+    tokens = {i: _with_ones(*one[module], module) for i, one in enumerate(kept) if module in one}
+    if not tokens:
+        return Kernels(adam, sgd)
+    x, gradient = next(iter(tokens.values()))
+    rows = max(1, ROWS_MEMORY // (2 * n * x.shape[1] * x.element_size()))  # 2: the gradients and their signs
+    for start in range(0, gradient.shape[1], rows):
+        size = min(rows, gradient.shape[1] - start)
+        block = x.new_zeros(n, size, x.shape[1])
+        for i, (inputs, gradients) in tokens.items():
+            torch.mm(gradients[:, start : start + size].T, inputs, out=block[i])
+        flat = block.flatten(1)
+        sgd += (flat @ flat.T).cpu()
+        adam += (flat @ flat.sign().T).cpu()
+    return Kernels(adam, sgd)
+
+
+def _with_ones(x: Tensor, gradient: Tensor, module: nn.Module) -> Token:
+    """In float32 at least; a bias is a weight whose input is 1."""
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    x, gradient = x.to(dtype), gradient.to(dtype)
+    if getattr(module, "bias", None) is not None:
+        x = torch.cat([x, x.new_ones(len(x), 1)], dim=1)
+    return x, gradient

@@ -1,0 +1,176 @@
+"""How far the outputs of the narrow FFNs, and of the whole network, are from the original's."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..ffn import FFN
+from .pair import Batch, Side
+from .report import OutputError
+
+
+@dataclass
+class DistanceMean:
+    """The running mean, over all tokens, of the norms of differences and of the original's norms."""
+
+    distance: float = 0.0
+    norm: float = 0.0
+    tokens: int = 0
+
+    def add(self, fused: Tensor, original: Tensor, mask: Tensor | None) -> None:
+        """Adds tokens.
+
+        Args:
+            fused: tensor of shape (..., dim).
+            original: the same for the original.
+            mask: of shape (...,): the tokens that count; None for all.
+        """
+        original = original.to(fused.device)
+        dtype = torch.promote_types(fused.dtype, torch.float32)
+        distances = (fused.to(dtype) - original.to(dtype)).norm(dim=-1)
+        norms = original.norm(dim=-1, dtype=dtype)
+        if mask is not None:
+            mask = mask.to(fused.device)
+            distances, norms = distances[mask], norms[mask]
+        self.distance += float(distances.sum(dtype=torch.float64))
+        self.norm += float(norms.sum(dtype=torch.float64))
+        self.tokens += distances.numel()
+
+    def error(self) -> OutputError:
+        """Their means; NaN if no token counted."""
+        tokens = self.tokens or float("nan")
+        return OutputError(self.distance / tokens, self.distance / self.norm if self.norm else float("nan"))
+
+
+class OutputErrors:
+    """Collects the output errors of a pair of networks, batch by batch.
+
+    The inputs and outputs of the original's FFNs are held for one batch at a time.
+
+    Args:
+        original: the original network.
+        fused: the fused one.
+    """
+
+    def __init__(self, original: Side, fused: Side) -> None:
+        self.original, self.fused = original, fused
+        self.ffns = {ffn.name: DistanceMean() for ffn in fused.ffns}
+        self.hidden_states, self.outputs = DistanceMean(), DistanceMean()
+
+    @torch.no_grad()
+    def add(self, batch: Batch) -> None:
+        """Runs both networks on a batch, and the fused one again with the original's inputs to every FFN."""
+        recorded: dict[str, list[tuple[Tensor, Tensor]]] = defaultdict(list)
+        with self.original.running(), _recording(self.original.ffns, recorded):
+            expected = self.original(batch)
+        with self.fused.running():
+            found = self.fused(batch)
+            with ExitStack() as stack:
+                for ffn in self.fused.ffns:
+                    stack.enter_context(self._following(ffn, recorded[ffn.name], batch))
+                self.fused(batch)
+        decodes = _decodes(self.fused.model)
+        for mean, read in ((self.hidden_states, last_hidden_state), (self.outputs, main_output)):
+            ours, theirs = read(found), read(expected)
+            if ours is not None and theirs is not None:
+                mean.add(ours, theirs, padding_mask(batch, ours.shape, decodes))
+
+    @contextmanager
+    def _following(self, ffn: FFN, recorded: list[tuple[Tensor, Tensor]], batch: Batch) -> Iterator[None]:
+        """Feeds an FFN the original's inputs, measures its outputs, and passes the original's outputs on."""
+        *ins, out = ffn.projections
+        decodes = _decodes(self.fused.model) and "decoder" in ffn.name.split(".")
+        queues = {module: iter(recorded) for module in (*ins, out)}
+
+        def feed(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+            return (next(queues[module])[0].to(args[0].device), *args[1:])
+
+        def compare(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
+            original = next(queues[module])[1].to(output.device)
+            self.ffns[ffn.name].add(output, original, padding_mask(batch, output.shape, decodes))
+            return original
+
+        handles = [module.register_forward_pre_hook(feed) for module in ins] + [out.register_forward_hook(compare)]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+
+@contextmanager
+def _recording(ffns: list[FFN], recorded: dict[str, list[tuple[Tensor, Tensor]]]) -> Iterator[None]:
+    """Notes the input and the output of every call of every FFN."""
+    handles = []
+    for ffn in ffns:
+        inputs: list[Tensor] = []
+        calls = recorded[ffn.name]
+
+        def note_input(module: nn.Module, args: tuple[Tensor, ...], inputs: list[Tensor] = inputs) -> None:
+            inputs.append(args[0])
+
+        def note_output(
+            module: nn.Module, args: Any, output: Tensor, inputs: list = inputs, calls: list = calls
+        ) -> None:
+            calls.append((inputs.pop(), output.clone()))  # some models add to it in place
+
+        handles.append(ffn.projections[0].register_forward_pre_hook(note_input))
+        handles.append(ffn.projections[-1].register_forward_hook(note_output))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def main_output(output: Any) -> Tensor | None:
+    """What a model is there for: logits, else hidden states, else its first tensor."""
+    for name in ("logits", "last_hidden_state"):
+        if getattr(output, name, None) is not None:
+            return output[name] if isinstance(output, dict) else getattr(output, name)
+    if isinstance(output, Tensor):
+        return output
+    values = output.values() if isinstance(output, dict) else output
+    return next((value for value in values if isinstance(value, Tensor)), None)
+
+
+def last_hidden_state(output: Any) -> Tensor | None:
+    """The hidden states behind the last layer (an encoder-decoder's decoder), or None."""
+    for name in ("last_hidden_state", "decoder_hidden_states", "hidden_states"):
+        value = getattr(output, name, None)
+        if value is not None:
+            return value if isinstance(value, Tensor) else value[-1]
+    return None
+
+
+def padding_mask(batch: Batch, shape: torch.Size, decoder: bool) -> Tensor | None:
+    """Which positions of a (batch, length, ...) or (batch * length, dim) tensor hold tokens, not padding.
+
+    Args:
+        batch: the model's inputs.
+        shape: the tensor's.
+        decoder: whether it belongs to the decoder of an encoder-decoder, whose tokens have a mask of their own.
+
+    Returns:
+        Boolean tensor of the tensor's shape without its last dimension, or None if every position counts.
+    """
+    labels, mask = batch.get("labels"), batch.get("decoder_attention_mask" if decoder else "attention_mask")
+    if decoder and mask is None and isinstance(labels, Tensor):
+        mask = labels != -100
+    if not isinstance(mask, Tensor) or mask.dim() != 2:
+        return None
+    if shape[:-1] == mask.shape:
+        return mask.bool()
+    return mask.bool().flatten() if shape[:-1] == mask.flatten().shape else None
+
+
+def _decodes(model: nn.Module) -> bool:
+    """Whether a model is an encoder-decoder."""
+    return bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))

@@ -1,0 +1,69 @@
+"""`tune_layers`: brings a fused model closer to its original before it is fine-tuned, without labels."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from accelerate import Accelerator
+from torch import nn
+
+from ..fidelity.pair import Batch, pair
+from .ffn_outputs import tune_ffn_outputs
+from .hidden_states import tune_hidden_states
+
+OBJECTIVES = ("ffn", "hidden_states")
+
+__all__ = ["tune_layers"]
+
+
+def tune_layers(
+    model: nn.Module,
+    dataloader: Iterable[Batch],
+    *,
+    objective: str = "ffn",
+    teacher: nn.Module | None = None,
+    learning_rate: float | None = None,
+    steps: int | None = None,
+    tokens: int = 16384,
+    accelerator: Accelerator | None = None,
+    seed: int = 0,
+) -> dict[str, tuple[float, float]]:
+    """Trains the fused weights, and nothing else, to do what the original's do on unlabelled inputs.
+
+    "ffn": each narrow FFN on its own learns to put out what the original FFN does, on the original's inputs to it.
+    The layers are independent, nothing is propagated through the model, and a narrow FFN is left as it is unless it
+    gets better on held-out tokens. Memory: `tokens` inputs an FFN, in the model's dtype.
+
+    "hidden_states": the paper's layer-wise task-specific tuning: the whole fused model learns to reproduce the hidden
+    states after every layer (mean squared error over tokens that are not padding).
+
+    Args:
+        model: a model with an active fusion adapter.
+        dataloader: batches as the model takes them; labels are not used.
+        objective: "ffn" or "hidden_states".
+        teacher: the original model; None: the same model with its adapter disabled.
+        learning_rate: of Adam. "ffn": relative to the root mean square of each weight tensor (default 0.01);
+            "hidden_states": absolute, the one that fine-tuning will use (default 1e-4).
+        steps: Adam's steps. "ffn": for each FFN (default 300); "hidden_states": batches (default: the data loader
+            once).
+        tokens: how many tokens "ffn" collects.
+        accelerator: for "hidden_states" in several processes: gradients are averaged over them.
+        seed: of the order of tokens.
+
+    Returns:
+        FFN name -> its relative squared output error on held-out tokens before and after; for "hidden_states" the
+        mean squared error of the first and of the last tenth of the steps, under that name.
+
+    Raises:
+        ValueError: for an unknown objective, a number out of range, no fusion adapter, or unusable batches.
+        RuntimeError: if the original weights were dropped and no teacher is given.
+    """
+    if objective not in OBJECTIVES:
+        raise ValueError(f"`objective` must be one of {', '.join(OBJECTIVES)}, but got {objective!r}.")
+    for name, value in (("learning_rate", learning_rate), ("steps", steps), ("tokens", tokens)):
+        if value is not None and not value > 0:
+            raise ValueError(f"`{name}` must be above 0, but got {value!r}.")
+    original, fused = pair(model, teacher)
+    if objective == "ffn":
+        return tune_ffn_outputs(original, fused, dataloader, learning_rate or 0.01, steps or 300, tokens, seed)
+    return tune_hidden_states(original, fused, dataloader, learning_rate or 1e-4, steps, accelerator)

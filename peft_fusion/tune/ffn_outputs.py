@@ -1,0 +1,141 @@
+"""Every narrow FFN on its own learns to put out what the original one does."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..ffn import FFN, run_ffn
+from ..fidelity.outputs import padding_mask
+from ..fidelity.pair import Batch, Side, active_narrow
+from ..layer import FusionLayer
+from ..progress import progress
+
+BATCH_TOKENS = 1024
+CHECKS = 10  # how often the held-out error is looked at
+HELD_OUT = 8  # one token in so many is held out
+
+
+def tune_ffn_outputs(
+    original: Side,
+    fused: Side,
+    dataloader: Iterable[Batch],
+    learning_rate: float,
+    steps: int,
+    tokens: int,
+    seed: int,
+) -> dict[str, tuple[float, float]]:
+    """Tunes every narrow FFN; see `tune_layers`, objective "ffn"."""
+    with original.running():
+        inputs = _collect_inputs(original, dataloader, tokens)
+        errors = {}
+        pairs = list(zip(original.ffns, fused.ffns, strict=True))
+        for teacher, student in progress(pairs, "Tuning FFNs"):
+            x = inputs.pop(teacher.name)
+            with torch.no_grad():
+                y = torch.cat([run_ffn(teacher, teacher.base_projections, part) for part in x.split(BATCH_TOKENS)])
+            errors[student.name] = _fit(student, x, y, learning_rate, steps, seed)
+    return errors
+
+
+def _collect_inputs(side: Side, dataloader: Iterable[Batch], tokens: int) -> dict[str, Tensor]:
+    """The inputs of every FFN, tensors of shape (tokens, in_dim), without padding.
+
+    Raises:
+        ValueError: if the data loader gives no batch that the model takes.
+    """
+    kept: dict[str, list[Tensor]] = {ffn.name: [] for ffn in side.ffns}
+    with ExitStack() as stack, torch.no_grad():
+        current: dict[str, Any] = {}
+        for ffn in side.ffns:
+            handle = ffn.projections[0].register_forward_pre_hook(_keeper(ffn, kept[ffn.name], current))
+            stack.callback(handle.remove)
+        for batch in dataloader:
+            current.clear()
+            current.update(batch)
+            side({key: value for key, value in batch.items() if key != "labels" or _needs_labels(side, batch)})
+            if min(sum(map(len, found)) for found in kept.values()) >= tokens:
+                break
+    if not all(kept.values()):
+        raise ValueError("The dataloader yields no batch: give one that can be iterated anew, with at least one batch.")
+    return {name: torch.cat(found)[:tokens] for name, found in kept.items()}
+
+
+def _needs_labels(side: Side, batch: Batch) -> bool:
+    """Whether an encoder-decoder makes its decoder's inputs from the labels."""
+    decodes = getattr(getattr(side.model, "config", None), "is_encoder_decoder", False)
+    return bool(decodes) and "decoder_input_ids" not in batch
+
+
+def _keeper(ffn: FFN, kept: list[Tensor], batch: Batch) -> Callable[[nn.Module, tuple[Any, ...]], None]:
+    """A hook that keeps an FFN's inputs."""
+
+    def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
+        mask = padding_mask(batch, args[0].shape, "decoder" in ffn.name.split("."))
+        kept.append(args[0].flatten(0, -2) if mask is None else args[0][mask.to(args[0].device)])
+
+    return hook
+
+
+def _fit(ffn: FFN, x: Tensor, y: Tensor, learning_rate: float, steps: int, seed: int) -> tuple[float, float]:
+    """Fits an FFN's narrow projections to outputs; returns the held-out error before and after."""
+    modules = [narrow for layer in ffn.projections if (narrow := _narrow(layer)) is not None]
+    parameters = [parameter for module in modules for parameter in module.parameters()]
+    dtypes = {parameter: parameter.dtype for parameter in parameters}
+    for parameter in parameters:
+        parameter.data = parameter.data.float()  # half-precision weights would not move by small steps
+        parameter.requires_grad_(True)
+    held_out = torch.arange(len(x), device=x.device) % HELD_OUT == HELD_OUT - 1
+    train, test = (x[~held_out].float(), y[~held_out].float()), (x[held_out].float(), y[held_out].float())
+    before = _error(ffn, modules, *test)
+    best, kept = before, [parameter.detach().clone() for parameter in parameters]
+    with torch.enable_grad():
+        for error in _adam(ffn, modules, parameters, train, test, learning_rate, steps, seed):
+            if error < best:
+                best, kept = error, [parameter.detach().clone() for parameter in parameters]
+    for parameter, value in zip(parameters, kept, strict=True):
+        parameter.grad = None
+        parameter.data = value.to(dtypes[parameter])
+    return before, best
+
+
+def _adam(
+    ffn: FFN,
+    modules: list[nn.Module],
+    parameters: list[nn.Parameter],
+    train: tuple[Tensor, Tensor],
+    test: tuple[Tensor, Tensor],
+    learning_rate: float,
+    steps: int,
+    seed: int,
+) -> Iterable[float]:
+    """Takes Adam's steps along a cosine and yields the held-out error now and then."""
+    groups = [{"params": [p], "lr": learning_rate * float(p.detach().square().mean().sqrt())} for p in parameters]
+    adam = torch.optim.Adam([group for group in groups if group["lr"]])
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(adam, steps)
+    generator = torch.Generator().manual_seed(seed)
+    x, y = train
+    unit = y.square().mean()
+    for step in range(1, steps + 1):
+        rows = torch.randint(0, len(x), (min(BATCH_TOKENS, len(x)),), generator=generator).to(x.device)
+        loss = (run_ffn(ffn, modules, x[rows]) - y[rows]).square().mean() / unit
+        adam.zero_grad()
+        loss.backward()
+        adam.step()
+        schedule.step()
+        if step % max(1, steps // CHECKS) == 0 or step == steps:
+            yield _error(ffn, modules, *test)
+
+
+@torch.no_grad()
+def _error(ffn: FFN, modules: list[nn.Module], x: Tensor, y: Tensor) -> float:
+    """The relative squared error of what narrow projections put out."""
+    return float((run_ffn(ffn, modules, x) - y).square().sum() / y.square().sum().clamp(min=1e-30))
+
+
+def _narrow(layer: nn.Module) -> nn.Module | None:
+    return active_narrow(layer) if isinstance(layer, FusionLayer) else layer

@@ -1,0 +1,101 @@
+"""The paper's layer-wise task-specific tuning: hidden states of the fused model follow those of the original."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+
+from ..fidelity.outputs import padding_mask
+from ..fidelity.pair import Batch, Side, active_narrow, fusion_layers
+from ..progress import progress
+from .ffn_outputs import _needs_labels
+
+SIDES = (("hidden_states", False), ("encoder_hidden_states", False), ("decoder_hidden_states", True))
+
+
+def tune_hidden_states(
+    original: Side,
+    fused: Side,
+    dataloader: Iterable[Batch],
+    learning_rate: float,
+    steps: int | None,
+    accelerator: Accelerator | None,
+) -> dict[str, tuple[float, float]]:
+    """Tunes the whole fused model; see `tune_layers`, objective "hidden_states"."""
+    narrow = [m for layer in fusion_layers(fused.model) if (m := active_narrow(layer)) is not None]
+    if not narrow:
+        raise ValueError("Only a model with an active fusion adapter can be tuned; this one has no fused weights.")
+    parameters = [parameter for module in narrow for parameter in module.parameters()]
+    adam = torch.optim.Adam(parameters, lr=learning_rate)
+    losses: list[float] = []
+    for batch in progress(dataloader, "Tuning hidden states"):
+        if len(losses) == steps:
+            break
+        inputs = {k: v for k, v in batch.items() if k != "labels" or _needs_labels(fused, batch)}
+        with original.running(), torch.no_grad():
+            expected = _hidden_states(original(inputs))
+        losses.append(_step(fused, inputs, expected, parameters, adam, accelerator))
+    if not losses:
+        raise ValueError("The dataloader yields no batch: give one that can be iterated anew, with at least one batch.")
+    tenth = max(1, len(losses) // 10)
+    return {"hidden_states": (sum(losses[:tenth]) / tenth, sum(losses[-tenth:]) / tenth)}
+
+
+def _step(
+    fused: Side,
+    batch: Batch,
+    expected: list[tuple[Tensor, bool]],
+    parameters: list[nn.Parameter],
+    adam: torch.optim.Adam,
+    accelerator: Accelerator | None,
+) -> float:
+    """One step of Adam towards the original's hidden states; returns their mean squared error before it."""
+    with fused.running():
+        for parameter in parameters:
+            parameter.requires_grad_(True)
+        with torch.enable_grad():
+            loss = hidden_state_error(_hidden_states(fused(batch)), expected, batch)
+            gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
+        for parameter, gradient in zip(parameters, gradients, strict=True):
+            if gradient is not None and accelerator is not None:
+                gradient = accelerator.reduce(gradient, reduction="mean")
+            parameter.grad = gradient
+        adam.step()
+        adam.zero_grad()
+    return float(loss.detach())
+
+
+def hidden_state_error(found: list[tuple[Tensor, bool]], expected: list[tuple[Tensor, bool]], batch: Batch) -> Tensor:
+    """The mean squared error over layers, tokens that are not padding, and dimensions.
+
+    Args:
+        found: (hidden states of shape (batch, length, dim), whether they are a decoder's), layer by layer.
+        expected: the same of the original.
+        batch: the inputs, for their masks.
+    """
+    errors = []
+    for (ours, decoder), (theirs, _) in zip(found, expected, strict=True):
+        difference = (ours.float() - theirs.to(ours.device).float()).square().mean(-1)
+        mask = padding_mask(batch, ours.shape, decoder)
+        errors.append(difference.mean() if mask is None else difference[mask.to(ours.device)].mean())
+    return torch.stack(errors).mean()
+
+
+def _hidden_states(output: Any) -> list[tuple[Tensor, bool]]:
+    """The hidden states after every layer (not the embeddings), of encoder and decoder where there are both.
+
+    Raises:
+        ValueError: if the model does not return them.
+    """
+    found: list[tuple[Tensor, bool]] = []
+    for name, decoder in SIDES:
+        states = getattr(output, name, None)
+        if isinstance(states, (tuple, list)):
+            found += [(state, decoder) for state in states[1:]]
+    if not found:
+        raise ValueError('The model returns no hidden states; use `objective="ffn"`, which needs none.')
+    return found

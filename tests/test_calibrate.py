@@ -1,0 +1,187 @@
+"""`calibrate`: what it collects, what it leaves alone, what it refuses."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from architectures import ARCHITECTURES, BY_NAME
+from peft import get_peft_model
+from torch import nn
+
+from peft_fusion import FusionConfig
+from peft_fusion.calibrate import calibrate, calibration_for
+from peft_fusion.ffn import find_ffns
+from peft_fusion.fusing.statistics import SAMPLE_TOKENS, FFNStatistics
+from peft_fusion.plan import plan_ffns
+
+
+def batches(architecture, count: int = 3, size: int = 4) -> list[dict[str, torch.Tensor]]:
+    return [architecture.batch(labels=True, seed=seed, size=size) for seed in range(count)]
+
+
+def found(model: nn.Module, config: FusionConfig) -> dict[str, FFNStatistics]:
+    calibration = calibration_for(model, plan_ffns(model, config))
+    assert calibration is not None
+    return calibration.statistics
+
+
+def naive(model: nn.Module, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """What goes into every FFN's out-projection, one row a token, by plain hooks."""
+    hidden: dict[str, torch.Tensor] = {}
+    handles = []
+    for ffn in find_ffns(model):
+
+        def hook(module, args, name=ffn.name):
+            hidden[name] = args[0].reshape(-1, args[0].shape[-1])
+
+        handles.append(ffn.projections[-1].register_forward_pre_hook(hook))
+    with torch.no_grad():
+        model(**batch)
+    for handle in handles:
+        handle.remove()
+    return hidden
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES, ids=lambda a: a.name)
+def test_products_are_those_of_the_tokens_that_are_not_held_out(architecture, unchanged):
+    model, config = architecture.make(), FusionConfig(ratio=0.5)
+    check = unchanged(model)
+    data = batches(architecture)
+    calibrate(model, config, data)
+    check()
+    statistics = found(model, config)
+    assert len(statistics) == architecture.ffns
+    expected = {name: torch.zeros(architecture.width, architecture.width) for name in statistics}
+    for batch in data:
+        for name, hidden in naive(model, batch).items():
+            training = hidden.view(4, -1, architecture.width)[:3].flatten(0, 1)  # every fourth sequence is held out
+            expected[name] += training.T @ training
+    for name, statistic in statistics.items():
+        torch.testing.assert_close(statistic.product, expected[name], rtol=1e-4, atol=1e-4)
+        assert (statistic.tokens, statistic.held_out_tokens) == (3 * 3 * 7, 3 * 7)
+        assert statistic.held_out.shape == (21, 32)
+
+
+@pytest.mark.parametrize("name", ["bert", "opt", "t5", "llama"])
+def test_padding_is_left_out(name):
+    architecture = BY_NAME[name]
+    config = FusionConfig(ratio=0.5)
+    short, padded = architecture.make(), architecture.make()
+    batch = architecture.batch(size=4)
+    calibrate(short, config, [batch])
+    extra = torch.full((4, 5), 7)
+    longer = {k: torch.cat([v, extra * (k != "attention_mask")], dim=1) for k, v in batch.items()}
+    if "decoder_input_ids" in longer:
+        longer["decoder_attention_mask"] = longer["attention_mask"]
+    calibrate(padded, config, [longer])
+    for ffn, statistic in found(short, config).items():
+        other = found(padded, config)[ffn]
+        assert (other.tokens, other.held_out_tokens) == (statistic.tokens, statistic.held_out_tokens)
+        torch.testing.assert_close(other.product, statistic.product, rtol=1e-3, atol=1e-3)
+
+
+def test_several_passes_give_the_same():
+    bert, config = BY_NAME["bert"], FusionConfig(ratio=0.5)
+    once, often = bert.make(), bert.make()
+    calibrate(once, config, batches(bert))
+    calibrate(often, config, batches(bert), ffns_per_pass=2)
+    for name, statistic in found(once, config).items():
+        assert torch.equal(found(often, config)[name].product, statistic.product)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES, ids=lambda a: a.name)
+def test_a_model_can_make_its_own_inputs(architecture, unchanged):
+    model, config = architecture.make(), FusionConfig(ratio=0.5)
+    check, state = unchanged(model), torch.get_rng_state()
+    calibrate(model, config, sequences=8, length=8)
+    check()
+    assert torch.equal(torch.get_rng_state(), state)
+    again = architecture.make()
+    calibrate(again, config, sequences=8, length=8)
+    for name, statistic in found(model, config).items():
+        assert statistic.tokens > 0 and torch.equal(found(again, config)[name].product, statistic.product)
+
+
+def test_only_as_many_sequences_as_asked_for():
+    bert, config = BY_NAME["bert"], FusionConfig(ratio=0.5)
+    model = bert.make()
+    calibrate(model, config, batches(bert, count=50), sequences=8)
+    assert next(iter(found(model, config).values())).tokens == 6 * 7
+
+
+def test_the_held_out_sample_is_bounded():
+    statistics = FFNStatistics(4, 3)
+    for _ in range(3):
+        statistics.hold_out(torch.randn(SAMPLE_TOKENS // 2, 3))
+    assert statistics.held_out.shape == (SAMPLE_TOKENS, 3)
+
+
+def test_a_fused_model_is_calibrated_on_its_original(unchanged):
+    bert, config = BY_NAME["bert"], FusionConfig(ratio=0.5)
+    plain = bert.make()
+    calibrate(plain, config, batches(bert))
+    fused = get_peft_model(bert.make(), FusionConfig(ratio=0.5))
+    trainable = {name: p.requires_grad for name, p in fused.named_parameters()}
+    calibrate(fused, config, batches(bert))
+    assert {name: p.requires_grad for name, p in fused.named_parameters()} == trainable
+    for name, statistic in found(fused.get_base_model(), config).items():
+        torch.testing.assert_close(statistic.product, found(plain, config)[name].product)
+
+
+class Unusable:
+    """Batches that cannot be used, and what is said of them."""
+
+    cases = {
+        "none": ([], "at least 4 sequences, .* but the data loader gave 0"),
+        "too few": ([BY_NAME["bert"].batch(size=2)], "but the data loader gave 2"),
+        "a tuple": ([(torch.ones(4, 7),)], "must be a mapping of tensors, .* but got tuple"),
+        "strings": ([{"text": ["a"] * 4}], "must be a mapping of tensors.*'text': 'list'"),
+        "wrong names": ([{"pixels": torch.ones(4, 7)}], r"cannot take a calibration batch with \['pixels'\]"),
+        "unknown tokens": ([{"input_ids": torch.full((4, 7), 1000)}], "cannot take a calibration batch"),
+        "all padding": ([BY_NAME["bert"].batch(size=4) | {"attention_mask": torch.zeros(4, 7)}], "No token went through"),
+    }
+
+
+@pytest.mark.parametrize("case", Unusable.cases)
+def test_unusable_batches(case, unchanged):
+    data, message = Unusable.cases[case]
+    model = BY_NAME["bert"].make()
+    check = unchanged(model)
+    with pytest.raises(ValueError, match=message):
+        calibrate(model, FusionConfig(), data)
+    check()
+    assert calibration_for(model, plan_ffns(model, FusionConfig())) is None
+
+
+def test_activations_that_are_not_finite(unchanged):
+    bert = BY_NAME["bert"]
+    model = bert.make()
+    model.bert.embeddings.LayerNorm.weight.data[:] = torch.nan
+    check = unchanged(model)
+    with pytest.raises(ValueError, match=r"At the FFN 'bert.encoder.layer.0' the .* NaN .*sequences 0 to 3"):
+        calibrate(model, FusionConfig(), batches(bert))
+    check()
+
+
+def test_statistics_for_another_configuration_or_other_weights():
+    bert = BY_NAME["bert"]
+    model = bert.make()
+    calibrate(model, FusionConfig(layers_to_transform=[0]), batches(bert))
+    with pytest.raises(ValueError, match="was calibrated for the FFNs .*layer.0.*layer.1.* are to be fused"):
+        get_peft_model(model, FusionConfig())
+    model.bert.encoder.layer[0].output.dense.weight.data *= 2
+    with pytest.raises(ValueError, match="have changed since the model was calibrated"):
+        get_peft_model(model, FusionConfig(layers_to_transform=[0]))
+
+
+@pytest.mark.parametrize(("name", "value"), [("sequences", 0), ("length", -1), ("ffns_per_pass", 1.5)])
+def test_numbers_out_of_range(name, value):
+    with pytest.raises(ValueError, match=f"`{name}` must be an integer of at least 1"):
+        calibrate(BY_NAME["bert"].make(), FusionConfig(), [], **{name: value})
+
+
+def test_a_model_without_a_vocabulary_needs_data():
+    model = nn.Module()
+    model.fc1, model.fc2 = nn.Linear(8, 32), nn.Linear(32, 8)
+    with pytest.raises(ValueError, match="no `config.vocab_size`.*Pass a `dataloader`"):
+        calibrate(model, FusionConfig())

@@ -1,0 +1,108 @@
+"""`tune_layers`: the error falls, nothing but the fused weights moves, and what cannot be tuned is refused."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from architectures import ARCHITECTURES, BY_NAME
+from peft import get_peft_model
+from test_lifecycle import logits
+
+from peft_fusion import FusionConfig, fuse
+from peft_fusion.fidelity.pair import pair
+from peft_fusion.tune import tune_layers
+from peft_fusion.tune.hidden_states import _hidden_states, hidden_state_error
+
+
+def batches(architecture, count: int = 8) -> list[dict[str, torch.Tensor]]:
+    return [architecture.batch(labels=True, seed=seed, size=8) for seed in range(count)]
+
+
+def settings(objective: str) -> dict:
+    return {"steps": 60, "learning_rate": 0.02} if objective == "ffn" else {"learning_rate": 3e-3}
+
+
+@pytest.mark.parametrize("objective", ["ffn", "hidden_states"])
+@pytest.mark.parametrize("architecture", ARCHITECTURES, ids=lambda a: a.name)
+def test_error_falls_and_only_fused_weights_move(architecture, objective):
+    fused = get_peft_model(architecture.make(), FusionConfig(ratio=0.5, task_type=architecture.task_type))
+    before = {name: p.detach().clone() for name, p in fused.named_parameters()}
+    trainable = {name: p.requires_grad for name, p in fused.named_parameters()}
+    errors = tune_layers(fused, batches(architecture) * 3, objective=objective, **settings(objective))
+    assert len(errors) == (architecture.ffns if objective == "ffn" else 1)
+    for first, last in errors.values():
+        assert last < first
+    for name, parameter in fused.named_parameters():
+        if "mlp_fusion_narrow" not in name:
+            assert torch.equal(parameter, before[name]), name
+    assert any(not torch.equal(p, before[name]) for name, p in fused.named_parameters())
+    assert {name: p.requires_grad for name, p in fused.named_parameters()} == trainable
+    assert all(p.grad is None for p in fused.parameters())
+
+
+@pytest.mark.parametrize("objective", ["ffn", "hidden_states"])
+def test_a_given_teacher_equals_the_disabled_adapter(objective):
+    llama = BY_NAME["llama"]
+    kept = get_peft_model(llama.make(), FusionConfig(ratio=0.5))
+    dropped = get_peft_model(llama.make(), FusionConfig(ratio=0.5, base_weights="discard"))
+    tune_layers(kept, batches(llama), objective=objective, **settings(objective))
+    with pytest.raises(RuntimeError, match="were dropped"):
+        tune_layers(dropped, batches(llama), objective=objective)
+    tune_layers(dropped, batches(llama), objective=objective, teacher=llama.make(), **settings(objective))
+    torch.testing.assert_close(logits(dropped, llama), logits(kept, llama))
+
+
+def test_a_hopeless_learning_rate_changes_nothing():
+    llama = BY_NAME["llama"]
+    fused = get_peft_model(llama.make(), FusionConfig(ratio=0.5))
+    before = logits(fused, llama)
+    errors = tune_layers(fused, batches(llama), learning_rate=100.0, steps=5)
+    assert all(first == last for first, last in errors.values())
+    assert torch.equal(logits(fused, llama), before)
+
+
+def test_padding_does_not_count_in_the_hidden_state_error():
+    bert = BY_NAME["bert"]
+    fused = get_peft_model(bert.make(), FusionConfig(ratio=0.5))
+    original, narrow = pair(fused, None)
+    batch = bert.batch()
+    batch["attention_mask"][:, 4:] = 0
+    with torch.no_grad():
+        with original.running():
+            expected = _hidden_states(original(batch))
+        with narrow.running():
+            found = _hidden_states(narrow(batch))
+    error = hidden_state_error(found, expected, batch)
+    naive = torch.stack([(f[:, :4] - e[:, :4]).square().mean() for (f, _), (e, _) in zip(found, expected, strict=True)])
+    torch.testing.assert_close(error, naive.mean())
+    assert error > 0
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"objective": "logits"}, "`objective` must be one of ffn, hidden_states, but got 'logits'"),
+        ({"learning_rate": 0.0}, "`learning_rate` must be above 0"),
+        ({"steps": -1}, "`steps` must be above 0"),
+        ({"tokens": 0}, "`tokens` must be above 0"),
+        ({"dataloader": []}, "yields no batch"),
+        ({"dataloader": [], "objective": "hidden_states"}, "yields no batch"),
+        ({"dataloader": [{"pixels": torch.ones(2, 3)}]}, "does not take a batch"),
+    ],
+)
+def test_refused(change, message):
+    bert = BY_NAME["bert"]
+    fused = get_peft_model(bert.make(), FusionConfig(ratio=0.5))
+    before = logits(fused, bert)
+    with pytest.raises(ValueError, match=message):
+        tune_layers(fused, **({"dataloader": batches(bert)} | change))
+    assert torch.equal(logits(fused, bert), before)
+
+
+def test_a_model_without_an_adapter_is_refused():
+    bert = BY_NAME["bert"]
+    with pytest.raises(ValueError, match="no active fusion adapter"):
+        tune_layers(bert.make(), batches(bert))
+    narrow = fuse(bert.make(), FusionConfig(ratio=0.5))
+    with pytest.raises(ValueError, match="no active fusion adapter|no fused weights"):
+        tune_layers(narrow, batches(bert), teacher=bert.make(), objective="hidden_states")
