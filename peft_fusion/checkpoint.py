@@ -10,17 +10,19 @@ from transformers.utils import cached_file
 
 from .config import FusionConfig
 from .plan import PlannedFFN
+from .recipe import Recipe
 
 WEIGHTS_FILE = "adapter_model.safetensors"
 
 
-def check_checkpoint(model: nn.Module, config: FusionConfig, plan: Sequence[PlannedFFN]) -> None:
+def check_checkpoint(model: nn.Module, config: FusionConfig, plan: Sequence[PlannedFFN], recipe: Recipe) -> None:
     """Refuses an adapter's file that is damaged or does not fit; reads its header only.
 
     Args:
         model: the model the adapter is to be loaded on, unchanged.
         config: the adapter's configuration; nothing is checked unless it was read from a folder or the Hub.
         plan: what the adapter does to the model.
+        recipe: how its narrow FFNs were made.
 
     Raises:
         ValueError: if the file is truncated, a tensor is missing, or one has another shape than the model needs.
@@ -34,7 +36,7 @@ def check_checkpoint(model: nn.Module, config: FusionConfig, plan: Sequence[Plan
     if file is None:  # an adapter in another format: PEFT opens it or says why not
         return
     found = _shapes_in(file)
-    for name, shape in _expected(model, config, plan).items():
+    for name, shape in _expected(model, config, plan, recipe).items():
         if name not in found:
             raise ValueError(
                 f"The adapter file {file} lacks the tensor {name!r} of shape {shape}. It is damaged, or belongs "
@@ -56,11 +58,13 @@ def _shapes_in(file: str) -> dict[str, tuple[int, ...]]:
         raise ValueError(f"The adapter file {file} is damaged or incomplete: {error}. Copy it again.") from error
 
 
-def _expected(model: nn.Module, config: FusionConfig, plan: Sequence[PlannedFFN]) -> dict[str, tuple[int, ...]]:
+def _expected(
+    model: nn.Module, config: FusionConfig, plan: Sequence[PlannedFFN], recipe: Recipe
+) -> dict[str, tuple[int, ...]]:
     """Every tensor that an adapter's file must hold, under its name there, with its shape."""
     expected = {}
     for planned in plan:
-        for name, shape in planned.shapes(config).items():
+        for name, shape in planned.shapes(recipe).items():
             module, _, kind = name.rpartition(".")
             expected[f"base_model.model.{module}.mlp_fusion_narrow.{kind}"] = shape
     for name, parameter in model.named_parameters():

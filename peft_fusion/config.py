@@ -9,9 +9,12 @@ from typing import Any
 from peft import PeftConfig
 from peft.utils import PeftType
 
-METHODS = ("fusion",)
+METHODS = ("fusion", "clustering", "sketch", "mmd", "svd", "pruning")
+KERNELS = ("auto", "weights", "outputs", "ntk")
+REPRESENTATIVES = ("auto", "centroid", "neuron")
+REFITS = ("auto", "ridge", "none")
 BASE_WEIGHTS = ("keep", "offload", "discard")
-SCALES = ("auto", "counts", "none")
+SCALES = ("auto", "counts", "ntk", "none")
 
 
 @dataclass
@@ -31,9 +34,18 @@ class FusionConfig(PeftConfig):
         layers_pattern (`list[str] | str`, *optional*): Name of the list of layers that `layers_to_transform`
             counts in, if it is not the first number in a module's path.
         modules_to_save (`list[str]`, *optional*): Further modules that are trained and saved in full.
-        method (`str`): How the narrow FFN comes from the full one: "fusion".
+        method (`str`): How the narrow FFN comes from the full one: "fusion", or what it is compared with:
+            "clustering", "sketch", "mmd", "svd" and "pruning".
+        kernel (`str`): What neurons are compared by: "weights" (the paper), "outputs" or "ntk" (both after
+            `calibrate`); "auto": "outputs" after `calibrate`, else "weights".
+        representative (`str`): What stands for a cluster: "centroid" (the paper) or "neuron" (one of its own);
+            "auto": "neuron" after `calibrate`, else "centroid".
+        refit (`str`): "ridge" (the out-projection is fitted anew to the original's outputs, after `calibrate`) or
+            "none"; "auto": "ridge" after `calibrate`.
         scale (`str`): The standalone, non-trainable scale of the hidden activations: "counts" (the sizes of the
-            clusters, the paper's P), "none" (folded into the out-projection), "auto".
+            clusters, the paper's P), "ntk" (fitted to the original's tangent kernel, after `calibrate`) or "none";
+            "auto": "ntk" after `calibrate`, else "counts" where there are clusters.
+        keep_neurons (`int`): For "sketch": so many of the largest neurons are kept exactly.
         base_weights (`str`): What becomes of the original FFN weights: "keep", "offload" (to CPU memory, brought
             back for `disable_adapter`, `unload` and `unmerge_adapter`) or "discard" (least memory; what needs the
             original model then raises).
@@ -44,6 +56,8 @@ class FusionConfig(PeftConfig):
         fused (`bool`): Written by `save_pretrained`: the narrow weights are in the adapter's file, so that
             loading does not cluster. Set it to `False` to fuse anew with a loaded configuration.
         fused_widths (`dict[str, list[int]]`, *optional*): Written when FFNs are fused: name -> [full, narrow].
+        fused_by (`dict[str, str]`, *optional*): Written when FFNs are fused: what "auto" came to, and what the model
+            was calibrated on.
 
     Raises:
         ValueError: naming the field that is wrong.
@@ -78,7 +92,11 @@ class FusionConfig(PeftConfig):
         metadata={"help": "Further modules that are trained and saved in full, a classifier say."},
     )
     method: str = field(default="fusion", metadata={"help": f"One of {METHODS}."})
+    kernel: str = field(default="auto", metadata={"help": f"What neurons are compared by: {KERNELS}."})
+    representative: str = field(default="auto", metadata={"help": f"What stands for a cluster: {REPRESENTATIVES}."})
+    refit: str = field(default="auto", metadata={"help": f"How the out-projection is fitted anew: {REFITS}."})
     scale: str = field(default="auto", metadata={"help": f"The standalone scale of the hidden units: {SCALES}."})
+    keep_neurons: int = field(default=0, metadata={"help": "For method 'sketch': neurons that are kept exactly."})
     base_weights: str = field(
         default="keep", metadata={"help": f"What becomes of the original FFN weights: {BASE_WEIGHTS}."}
     )
@@ -90,13 +108,22 @@ class FusionConfig(PeftConfig):
     fused_widths: dict | None = field(
         default=None, metadata={"help": "Set when FFNs are fused: their names -> [full width, narrow width]."}
     )
+    fused_by: dict | None = field(
+        default=None, metadata={"help": "Set when FFNs are fused: what was used where a setting said 'auto'."}
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self.peft_type = PeftType.MLP_FUSION
         self._check_widths()
         self._check_choice("method", METHODS)
+        self._check_choice("kernel", KERNELS)
+        self._check_choice("representative", REPRESENTATIVES)
+        self._check_choice("refit", REFITS)
         self._check_choice("scale", SCALES)
+        keep = self.keep_neurons
+        if isinstance(keep, bool) or not isinstance(keep, int) or keep < 0:
+            raise ValueError(f"`keep_neurons` must be an integer of at least 0, but got {keep!r}.")
         self._check_choice("base_weights", BASE_WEIGHTS)
         for name in ("n_init", "max_iter"):
             if getattr(self, name) is not None:

@@ -1,73 +1,18 @@
-"""The layer that stands in for one projection of a fused FFN, and the narrow projections it holds."""
+"""The layer that stands in for one projection of a fused FFN."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
 
 from .ffn import ConfigWidth, bring_back, require_originals, take_away
-
-
-class NarrowProjection(nn.Module):
-    """One projection of a narrow FFN: trainable weights and, where there is one, a fixed scale of the neurons.
-
-    It is a leaf that owns its scale, so that FSDP may shard it on its own, and it is not an `nn.Linear`, so that
-    LoRA's "all-linear" leaves it alone.
-
-    Args:
-        weight: tensor of shape (out_features, in_features).
-        bias: tensor of shape (out_features,), or None.
-        scale: tensor of shape (neurons,), or None for 1.
-    """
-
-    bias: nn.Parameter | None
-    scale: Tensor | None
-
-    def __init__(self, weight: Tensor, bias: Tensor | None, scale: Tensor | None) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(weight)
-        self.register_parameter("bias", None if bias is None else nn.Parameter(bias))
-        self.register_buffer("scale", scale)
-
-    def linear(self, x: Tensor) -> Tensor:
-        """The linear map in the input's dtype: full-precision weights of a half-precision model stay masters."""
-        bias = None if self.bias is None else self.bias.to(x.dtype)
-        return F.linear(x, self.weight.to(x.dtype), bias)
-
-    def folded(self) -> tuple[Tensor, Tensor | None]:
-        """Weight and bias of the plain projection with the same output, the scale multiplied in."""
-        raise NotImplementedError
-
-
-class NarrowInProjection(NarrowProjection):
-    """In-projection of a narrow FFN; its scale multiplies what it puts out, neuron by neuron."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Maps (..., in_features) to (..., neurons)."""
-        out = self.linear(x)
-        return out if self.scale is None else (out * self.scale).to(x.dtype)
-
-    def folded(self) -> tuple[Tensor, Tensor | None]:
-        if self.scale is None:
-            return self.weight, self.bias
-        return self.weight * self.scale.unsqueeze(1), None if self.bias is None else self.bias * self.scale
-
-
-class NarrowOutProjection(NarrowProjection):
-    """Out-projection of a narrow FFN; its scale is the paper's P and multiplies the hidden activations."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Maps (..., neurons) to (..., out_features)."""
-        return self.linear(x if self.scale is None else (x * self.scale).to(x.dtype))
-
-    def folded(self) -> tuple[Tensor, Tensor | None]:
-        return (self.weight if self.scale is None else self.weight * self.scale), self.bias
+from .narrow import NarrowInProjection as NarrowInProjection
+from .narrow import NarrowOutProjection as NarrowOutProjection
+from .narrow import NarrowProjection, plain_projection
 
 
 class FusionLayer(nn.Module, BaseTunerLayer):
@@ -245,24 +190,35 @@ def check_one_active(names: Sequence[str]) -> None:
         )
 
 
-def plain_projection(like: nn.Module, weight: Tensor, bias: Tensor | None) -> nn.Module:
-    """A plain linear module of the kind, dtype and device of another, with other weights.
+def check_adapter_name(name: str) -> None:
+    """Refuses a name that torch cannot give to a submodule.
+
+    Raises:
+        ValueError: if it is empty, has a dot in it, or is an attribute of `nn.ModuleDict`.
+    """
+    if not name or "." in name or hasattr(nn.ModuleDict(), name):
+        raise ValueError(
+            f"An adapter cannot be named {name!r}: the name must not be empty, have a dot in it, or be an attribute "
+            'of `torch.nn.ModuleDict` ("keys", "forward", ...). Choose another `adapter_name`.'
+        )
+
+
+def narrow_state_dict(model: nn.Module, adapter_name: str, state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors of an adapter's narrow projections, under the names they have in the model's state dict.
 
     Args:
-        like: an `nn.Linear` (or a subclass without state of its own) or a `Conv1D`.
-        weight: tensor of shape (out_features, in_features).
-        bias: tensor of shape (out_features,), or None.
+        model: the model, wrapped by PEFT or not.
+        adapter_name: the adapter.
+        state_dict: the model's, gathered where it is sharded; what it lacks is taken from the model.
     """
-    old = like.weight
-    assert isinstance(old, Tensor)
-    out_features, in_features = weight.shape
-    module: nn.Module
-    if isinstance(like, Conv1D):
-        module, weight = Conv1D(out_features, in_features), weight.T.contiguous()
-    else:
-        module = linear = type(like).__new__(type(like))
-        nn.Linear.__init__(linear, in_features, out_features, bias is not None, device="meta")  # type: ignore[arg-type]
-    module.weight = nn.Parameter(weight.to(old, copy=True), requires_grad=old.requires_grad)
-    if bias is not None:
-        module.bias = nn.Parameter(bias.to(old, copy=True), requires_grad=old.requires_grad)
-    return module.train(like.training)
+    found: dict[str, Tensor] = {}
+    for name, layer in model.named_modules():
+        if not isinstance(layer, FusionLayer) or adapter_name not in layer.mlp_fusion_narrow:
+            continue
+        prefix = f"{name}.mlp_fusion_narrow.{adapter_name}.".replace("_fsdp_wrapped_module.", "")
+        found.update((key, tensor) for key, tensor in state_dict.items() if key.startswith(prefix))
+        narrow = layer.mlp_fusion_narrow[adapter_name]
+        if isinstance(narrow, NarrowProjection):
+            for kind, tensor in [*narrow.named_parameters(), *narrow.named_buffers()]:
+                found.setdefault(prefix + kind, tensor.detach())
+    return found

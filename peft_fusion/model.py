@@ -3,29 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import Any
 
-import torch
 from peft import PeftConfig
 from peft.tuners.tuners_utils import BaseTuner
 from torch import Tensor, nn
 
+from .calibrate import calibration_for, drop_calibration
 from .checkpoint import check_checkpoint
 from .config import FusionConfig
-from .ffn import check_finite, projection_tensors, read_ffn
-from .fusing.fusion import fuse as fuse_weights
-from .fusing.weights import NarrowFFN
-from .layer import (
-    FusionLayer,
-    NarrowInProjection,
-    NarrowOutProjection,
-    NarrowProjection,
-    check_adapter_name,
-    check_one_active,
-    narrow_state_dict,
-)
+from .layer import FusionLayer, check_adapter_name, check_one_active, narrow_state_dict
+from .narrow import NarrowProjection
 from .plan import PlannedFFN, plan_ffns
-from .progress import progress
+from .projections import empty_projections, fused_projections, random_projections
+from .recipe import settle
 from .registration import forget_refused_adapter
 
 
@@ -56,10 +46,6 @@ class FusionModel(BaseTuner):
         low_cpu_mem_usage: bool = False,
         state_dict: dict[str, Tensor] | None = None,
     ) -> None:
-        if adapter_name in getattr(model, "peft_config", {}):
-            raise ValueError(
-                f"The model already has an adapter named {adapter_name!r}. Give this one another `adapter_name`."
-            )
         try:
             super().__init__(
                 model, peft_config, adapter_name, low_cpu_mem_usage=low_cpu_mem_usage, state_dict=state_dict
@@ -67,6 +53,16 @@ class FusionModel(BaseTuner):
         except Exception:
             forget_refused_adapter(model)
             raise
+
+    @classmethod
+    def over(cls, tuner: BaseTuner) -> FusionModel:
+        """A fusion tuner for the model, the configurations and the active adapters of another tuner."""
+        fusion = cls.__new__(cls)
+        nn.Module.__init__(fusion)
+        fusion.model, fusion.peft_config = tuner.model, tuner.peft_config
+        fusion.active_adapter = tuner.active_adapter
+        fusion.targeted_module_names, fusion.targeted_parameter_names = [], []
+        return fusion
 
     def inject_adapter(
         self,
@@ -173,17 +169,22 @@ class FusionModel(BaseTuner):
     def _prepare_model(self, peft_config: FusionConfig, model: nn.Module) -> None:
         """Makes every narrow projection of the adapter; nothing in the model has been changed up to here."""
         plan = plan_ffns(model, peft_config, self._state_dict)
-        check_checkpoint(model, peft_config, plan)
-        if peft_config.fused or self._weights_follow or self._state_dict is not None:
-            ffns = [empty_projections(planned, peft_config) for planned in plan]
+        loads = peft_config.fused or self._weights_follow or self._state_dict is not None
+        calibration = None if loads else calibration_for(model, plan)
+        recipe = settle(peft_config, calibration.source if calibration else "")
+        check_checkpoint(model, peft_config, plan, recipe)
+        if loads:
+            ffns = [empty_projections(planned, recipe) for planned in plan]
         elif not peft_config.init_weights:
-            ffns = [random_projections(planned, peft_config) for planned in plan]
+            ffns = [random_projections(planned, recipe) for planned in plan]
         else:
-            ffns = fused_projections(plan, peft_config)
+            ffns = fused_projections(plan, peft_config, recipe, calibration)
+            drop_calibration(model)
         for planned, projections in zip(plan, ffns, strict=True):
             for name, projection in zip(planned.ffn.projection_names, projections, strict=True):
                 self._projections[name] = (projection, planned)
         peft_config.fused_widths = {p.ffn.name: [p.ffn.width, p.width] for p in plan}
+        peft_config.fused_by = recipe.to_dict()
 
     def _check_target_module_exists(self, peft_config: PeftConfig, key: str) -> bool:
         return key in self._projections
@@ -210,76 +211,6 @@ class FusionModel(BaseTuner):
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
         """The narrow projections are made on the right device, and a plain module needs nothing of the old one."""
         setattr(parent, child_name, new_module)
-
-
-def fused_projections(plan: list[PlannedFFN], config: FusionConfig) -> list[list[NarrowProjection]]:
-    """The narrow projections of every planned FFN, made from the weights that the model holds.
-
-    Raises:
-        ValueError: if weights cannot be read, or hold NaN or infinite values.
-    """
-    originals = [read_ffn(planned.ffn) for planned in plan]
-    for planned, weights in zip(plan, originals, strict=True):
-        check_finite(weights, planned.ffn)
-    result = []
-    for planned, weights in progress(list(zip(plan, originals, strict=True)), "Fusing FFNs"):
-        narrow = fuse_weights(
-            weights,
-            planned.width,
-            degree=planned.ffn.degree,
-            n_init=config.n_init,
-            max_iter=config.max_iter,
-            seed=config.seed,
-        )
-        result.append(_projections(narrow, planned, config))
-    return result
-
-
-def random_projections(planned: PlannedFFN, config: FusionConfig) -> list[NarrowProjection]:
-    """Narrow projections of random weights."""
-    return _made_of(planned, config, lambda shape: torch.randn(shape) * 0.02)
-
-
-def empty_projections(planned: PlannedFFN, config: FusionConfig) -> list[NarrowProjection]:
-    """Narrow projections to load weights into; NaN, so that weights that never came cannot go unnoticed."""
-    return _made_of(planned, config, lambda shape: torch.full(shape, torch.nan))
-
-
-def _made_of(planned: PlannedFFN, config: FusionConfig, make: Any) -> list[NarrowProjection]:
-    shapes = planned.shapes(config)
-    projections: list[NarrowProjection] = []
-    for name, module in zip(planned.ffn.projection_names, planned.ffn.base_projections, strict=True):
-        like = module.weight
-        assert isinstance(like, Tensor)
-
-        def tensor(kind: str, name: str = name, like: Tensor = like) -> Tensor | None:
-            shape = shapes.get(f"{name}.{kind}")
-            made = None if shape is None else (torch.ones(shape) if kind == "scale" else make(shape))
-            return None if made is None else made.to(like.device, torch.float32 if kind == "scale" else like.dtype)
-
-        weight = tensor("weight")
-        assert weight is not None
-        kind = NarrowOutProjection if name == planned.ffn.projection_names[-1] else NarrowInProjection
-        projections.append(kind(weight, tensor("bias"), tensor("scale")))
-    return projections
-
-
-def _projections(narrow: NarrowFFN, planned: PlannedFFN, config: FusionConfig) -> list[NarrowProjection]:
-    """Narrow weights as the modules that hold them, each in the dtype and on the device of its original."""
-    weights = narrow.folded() if config.scale == "none" else narrow.weights
-    tensors = projection_tensors(weights, planned.ffn.layout)
-    projections: list[NarrowProjection] = []
-    for (weight, bias), module in zip(tensors, planned.ffn.base_projections, strict=True):
-        like = module.weight
-        assert isinstance(like, Tensor)
-        own = weight.to(like, copy=True).contiguous()
-        own_bias = None if bias is None else bias.to(like, copy=True)
-        if len(projections) < len(tensors) - 1:
-            projections.append(NarrowInProjection(own, own_bias, None))
-        else:
-            scale = None if config.scale == "none" else narrow.scale.to(like.device, torch.float32)
-            projections.append(NarrowOutProjection(own, own_bias, scale))
-    return projections
 
 
 def fuse(model: nn.Module, config: FusionConfig) -> nn.Module:

@@ -20,7 +20,9 @@ from .ffn import (
     select_ffns,
     target_widths,
 )
+from .fusing.svd import rank_for
 from .layer import FusionLayer
+from .recipe import Recipe
 
 
 @dataclass(frozen=True)
@@ -31,20 +33,29 @@ class PlannedFFN:
     width: int
     config_width: ConfigWidth
 
-    def shapes(self, config: FusionConfig) -> dict[str, tuple[int, ...]]:
+    def shapes(self, recipe: Recipe) -> dict[str, tuple[int, ...]]:
         """The tensors of this FFN in an adapter: name within the model -> shape."""
         shapes: dict[str, tuple[int, ...]] = {}
         names, modules = self.ffn.projection_names, self.ffn.base_projections
         for name, module in zip(names, modules, strict=True):
             is_out = name == names[-1]
             in_features, out_features = features(module)
-            rows = out_features if is_out else self.width * (2 if self.ffn.layout.stacked else 1)
-            shapes[f"{name}.weight"] = (rows, self.width if is_out else in_features)
+            if recipe.method == "svd":
+                rank, rows = self.rank(name), out_features
+                shapes[f"{name}.weight"], shapes[f"{name}.weight_in"] = (rows, rank), (rank, in_features)
+            else:
+                rows = out_features if is_out else out_features // self.ffn.width * self.width
+                shapes[f"{name}.weight"] = (rows, self.width if is_out else in_features)
             if getattr(module, "bias", None) is not None:
                 shapes[f"{name}.bias"] = (rows,)
-            if is_out and config.scale != "none":
-                shapes[f"{name}.scale"] = (self.width,)
+            if recipe.scale == "ntk" or (recipe.scale == "counts" and is_out):
+                shapes[f"{name}.scale"] = (self.width,) if is_out else (rows,)
         return shapes
+
+    def rank(self, name: str) -> int:
+        """The rank at which two factors of a projection hold no more numbers than its narrow form."""
+        in_features, out_features = features(self.ffn.base_projections[self.ffn.projection_names.index(name)])
+        return rank_for(in_features, out_features, self.width / self.ffn.width)
 
 
 def plan_ffns(
@@ -80,7 +91,8 @@ def plan_ffns(
         if ffn.name in widths:
             _check_fusible(ffn)
     _check_modules_to_save(model, config)
-    places = config_widths(model, ffns, widths)
+    kept = {ffn.name: ffn.width for ffn in ffns} if config.method == "svd" else {}  # merged, they are as wide as ever
+    places = config_widths(model, ffns, {name: kept.get(name, width) for name, width in widths.items()})
     return [PlannedFFN(ffn, widths[ffn.name], places[ffn.name]) for ffn in ffns if ffn.name in widths]
 
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import copy
 from functools import wraps
 from typing import Any
 
 from peft import PeftConfig, PeftType
 from peft.config import PeftConfigMixin
-from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_MIXED_MODEL_MAPPING
+from peft.tuners.tuners_utils import BaseTuner, _ExcludedModule, _maybe_include_all_linear_layers
+from torch import nn
 
 NAME = "MLP_FUSION"
 
@@ -40,7 +43,36 @@ def register() -> None:
     if PeftType[NAME] in PEFT_TYPE_TO_CONFIG_MAPPING:
         return
     register_peft_method(name=NAME.lower(), config_cls=FusionConfig, model_cls=FusionModel)
+    _register_for_mixed_models()
     _remember_where_configs_come_from()
+    _keep_other_tuners_off_fused_ffns()
+
+
+def forget_refused_adapter(model: nn.Module) -> None:
+    """Takes back transformers' note that a model has adapters, if the first one was refused.
+
+    `add_adapter` and `load_adapter` set it before they try, and would then fail on the corrected second try.
+    """
+    if getattr(model, "_hf_peft_config_loaded", False) and not getattr(model, "peft_config", None):
+        model._hf_peft_config_loaded = False
+
+
+def _register_for_mixed_models() -> None:
+    """Lets `get_peft_model(..., mixed=True)` and `PeftMixedModel` take fusion adapters beside LoRA's."""
+    import peft.mixed_model
+    import peft.tuners.mixed
+    import peft.tuners.mixed.model as constants
+
+    from .layer import FusionLayer
+    from .mixed import MixedFusionModel
+    from .model import FusionModel
+
+    types = (*constants.COMPATIBLE_TUNER_TYPES, PeftType[NAME])
+    constants.COMPATIBLE_TUNER_TYPES = peft.tuners.mixed.COMPATIBLE_TUNER_TYPES = types
+    constants.PREFIXES.append(FusionModel.prefix)
+    constants.Layers = (*constants.Layers, FusionLayer)
+    PEFT_TYPE_TO_MIXED_MODEL_MAPPING[PeftType[NAME]] = MixedFusionModel
+    peft.mixed_model.MixedModel = MixedFusionModel
 
 
 def _remember_where_configs_come_from() -> None:
@@ -62,3 +94,64 @@ def _remember_where_configs_come_from() -> None:
         return config
 
     PeftConfigMixin.from_pretrained = classmethod(from_pretrained)
+
+
+def _keep_other_tuners_off_fused_ffns() -> None:
+    """Has every tuner of PEFT refuse two mistakes before it changes anything.
+
+    It would take over the name of a fusion adapter, whose configuration is lost then, and it would size itself
+    for the original width of a fused projection, which fails in the first forward pass.
+    """
+    init, inject = BaseTuner.__init__, BaseTuner.inject_adapter
+
+    @wraps(init)
+    def checked_init(
+        self: BaseTuner, model: nn.Module, peft_config: Any, adapter_name: str, *args: Any, **kwargs: Any
+    ) -> None:
+        existing = getattr(model, "peft_config", None) or {}
+        before = dict(existing)
+        new = peft_config if isinstance(peft_config, PeftConfig) else peft_config[adapter_name]
+        if adapter_name in before and PeftType[NAME] in (new.peft_type, before[adapter_name].peft_type):
+            raise ValueError(
+                f"The model already has an adapter named {adapter_name!r}. Give this one another `adapter_name`."
+            )
+        try:
+            init(self, model, peft_config, adapter_name, *args, **kwargs)
+        except Exception:
+            if adapter_name not in before:  # the tuners of one model share this dictionary
+                existing.pop(adapter_name, None)
+            raise
+
+    @wraps(inject)
+    def checked_inject(self: BaseTuner, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        config = self.peft_config[adapter_name]
+        if config.peft_type != PeftType[NAME] and kwargs.get("state_dict") is None:
+            _check_targets(self, model, config)
+        inject(self, model, adapter_name, *args, **kwargs)
+
+    BaseTuner.__init__, BaseTuner.inject_adapter = checked_init, checked_inject
+
+
+def _check_targets(tuner: BaseTuner, model: nn.Module, config: PeftConfig) -> None:
+    """Refuses another method's configuration that targets projections of fused FFNs.
+
+    Raises:
+        ValueError: naming them.
+    """
+    from .layer import FusionLayer
+
+    fused = [name for name, module in model.named_modules() if isinstance(module, FusionLayer)]
+    if not fused or not hasattr(config, "target_modules"):
+        return
+    config = tuner._prepare_adapter_config(copy.copy(config), BaseTuner.get_model_config(model))
+    config = _maybe_include_all_linear_layers(config, model)
+    matches = {name: tuner._check_target_module_exists(config, name) for name in fused}
+    hit = [name for name, match in matches.items() if match and not isinstance(match, _ExcludedModule)]
+    if hit:
+        shown = ", ".join(hit[:3]) + (f" and {len(hit) - 3} more" if len(hit) > 3 else "")
+        raise ValueError(
+            f"`target_modules` of the {config.peft_type.value} adapter names projections of fused FFNs: {shown}. It "
+            "would be sized for their original width. Leave them out (`target_modules` of the attention alone, or "
+            '"all-linear", which does so), or call `peft_fusion.fuse(model, config)` first: that gives a plain '
+            "narrow model, to which any method applies, its FFNs included."
+        )

@@ -173,7 +173,7 @@ def test_loading_never_clusters(architecture, tmp_path, monkeypatch):
     def clustering(*args, **kwargs):
         raise AssertionError("loading clustered")
 
-    monkeypatch.setattr("peft_fusion.model.fuse_weights", clustering)
+    monkeypatch.setattr("peft_fusion.model.fused_projections", clustering)
     monkeypatch.setattr("peft_fusion.fusing.fusion.kernel_kmeans", clustering)
     with pytest.raises(AssertionError, match="loading clustered"):
         get_peft_model(architecture.make(), half(architecture))
@@ -237,7 +237,7 @@ def test_random_weights_without_clustering(monkeypatch):
     def clustering(*args, **kwargs):
         raise AssertionError("clustered")
 
-    monkeypatch.setattr("peft_fusion.model.fuse_weights", clustering)
+    monkeypatch.setattr("peft_fusion.model.fused_projections", clustering)
     bert = BY_NAME["bert"]
     model = bert.make()
     original = logits(model, bert)

@@ -154,24 +154,20 @@ def _ffn_fidelity(original: Any, fused: Any, errors: OutputErrors, before: Any, 
 
 
 def _ntk_error(original: Kernels, fused: Kernels) -> NTKError:
-    return NTKError(
-        KernelError.between(fused.adam, original.adam), KernelError.between(fused.sgd, original.sgd)
-    )
+    return NTKError(KernelError.between(fused.adam, original.adam), KernelError.between(fused.sgd, original.sgd))
 
 
 def _parameters(side: Side) -> int:
     """The model's parameters as it would be without an adapter: its FFNs narrow or not, its scale folded in."""
-    count = sum(
-        parameter.numel()
-        for name, parameter in side.model.named_parameters()
-        if ".mlp_fusion_narrow." not in name and ".modules_to_save." not in name
-    )
-    if side.fused:
-        for ffn in side.ffns:
-            for projection in ffn.projections:
-                narrow = {p for m in linear_modules(projection, True) for p in m.parameters()}
-                wide = {p for m in linear_modules(projection, False) for p in m.parameters()}
-                count += sum(p.numel() for p in narrow) - sum(p.numel() for p in wide)
+    with side.running():  # what is offloaded counts where it is in place
+        count = sum(
+            parameter.numel()
+            for name, parameter in side.model.named_parameters()
+            if ".mlp_fusion_narrow." not in name and ".modules_to_save." not in name
+        )
+        for projection in {p for ffn in side.ffns for p in ffn.projections} if side.fused else ():
+            count += sum(p.numel() for m in linear_modules(projection, True) for p in m.parameters())
+            count -= sum(p.numel() for m in linear_modules(projection, False) for p in m.parameters())
     return count
 
 

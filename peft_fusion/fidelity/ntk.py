@@ -20,7 +20,8 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from ..ffn import FFN
-from ..layer import FusionLayer, NarrowInProjection, NarrowOutProjection, NarrowProjection
+from ..layer import FusionLayer
+from ..narrow import NarrowInProjection, NarrowOutProjection, NarrowProjection
 from ..progress import progress
 from .pair import Batch, Side, active_narrow
 

@@ -69,16 +69,15 @@ class OutputErrors:
         """Runs both networks on a batch, and the fused one again with the original's inputs to every FFN."""
         recorded: dict[str, list[tuple[Tensor, Tensor]]] = defaultdict(list)
         with self.original.running(), _recording(self.original.ffns, recorded):
-            expected = self.original(batch)
+            expected = _outputs(self.original, batch)
         with self.fused.running():
-            found = self.fused(batch)
+            found = _outputs(self.fused, batch)
             with ExitStack() as stack:
                 for ffn in self.fused.ffns:
                     stack.enter_context(self._following(ffn, recorded[ffn.name], batch))
                 self.fused(batch)
         decodes = _decodes(self.fused.model)
-        for mean, read in ((self.hidden_states, last_hidden_state), (self.outputs, main_output)):
-            ours, theirs = read(found), read(expected)
+        for mean, ours, theirs in zip((self.hidden_states, self.outputs), found, expected, strict=True):
             if ours is not None and theirs is not None:
                 mean.add(ours, theirs, padding_mask(batch, ours.shape, decodes))
 
@@ -95,7 +94,7 @@ class OutputErrors:
         def compare(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
             original = next(queues[module])[1].to(output.device)
             self.ffns[ffn.name].add(output, original, padding_mask(batch, output.shape, decodes))
-            return original
+            return original  # so that a router behind this FFN sends the same tokens to the same experts
 
         handles = [module.register_forward_pre_hook(feed) for module in ins] + [out.register_forward_hook(compare)]
         try:
@@ -130,6 +129,25 @@ def _recording(ffns: list[FFN], recorded: dict[str, list[tuple[Tensor, Tensor]]]
             handle.remove()
 
 
+def _outputs(side: Side, batch: Batch) -> tuple[Tensor | None, Tensor | None]:
+    """The hidden states behind the last layer (an encoder-decoder's decoder), and what the model is there for."""
+    model: Any = side.model
+    backbone = getattr(model, "base_model", model)
+    if backbone is model and _decodes(model) and hasattr(model, "get_decoder"):
+        backbone = model.get_decoder()
+    hidden: list[Tensor | None] = [None]
+
+    def note(module: nn.Module, args: Any, output: Any) -> None:
+        hidden[0] = getattr(output, "last_hidden_state", None)
+
+    handle = backbone.register_forward_hook(note)  # `output_hidden_states` would leave hooks of its own behind
+    try:
+        output = main_output(side(batch))
+        return hidden[0], output
+    finally:
+        handle.remove()
+
+
 def main_output(output: Any) -> Tensor | None:
     """What a model is there for: logits, else hidden states, else its first tensor."""
     for name in ("logits", "last_hidden_state"):
@@ -139,15 +157,6 @@ def main_output(output: Any) -> Tensor | None:
         return output
     values = output.values() if isinstance(output, dict) else output
     return next((value for value in values if isinstance(value, Tensor)), None)
-
-
-def last_hidden_state(output: Any) -> Tensor | None:
-    """The hidden states behind the last layer (an encoder-decoder's decoder), or None."""
-    for name in ("last_hidden_state", "decoder_hidden_states", "hidden_states"):
-        value = getattr(output, name, None)
-        if value is not None:
-            return value if isinstance(value, Tensor) else value[-1]
-    return None
 
 
 def padding_mask(batch: Batch, shape: torch.Size, decoder: bool) -> Tensor | None:

@@ -13,7 +13,6 @@ from accelerate.utils import extract_model_from_parallel
 from peft import PeftMixedModel, PeftModel
 from peft.tuners.tuners_utils import BaseTuner
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 from ..ffn import FFN, find_ffns
 from ..layer import FusionLayer
@@ -44,7 +43,7 @@ class Side:
     def running(self) -> Iterator[None]:
         """In eval mode, nothing requiring a gradient, its FFNs shown; all is as it was afterwards."""
         training = {module: module.training for module in self.model.modules()}
-        trainable = {parameter: parameter.requires_grad for parameter in self.model.parameters()}
+        trainable = {name: parameter.requires_grad for name, parameter in self.model.named_parameters()}
         adapters = {layer: (layer.disable_adapters, layer.active_adapter) for layer in fusion_layers(self.model)}
         try:
             for layer in adapters:
@@ -55,8 +54,8 @@ class Side:
             for layer, (disabled, active) in adapters.items():
                 layer.enable_adapters(not disabled)
                 layer._active_adapter = active  # PEFT turns a name into a list of one
-            for parameter, required in trainable.items():
-                parameter.requires_grad_(required)
+            for name, parameter in self.model.named_parameters():  # offloaded ones are new objects by now
+                parameter.requires_grad_(trainable[name])
             for module, mode in training.items():
                 module.training = mode
 
@@ -67,9 +66,7 @@ class Side:
             ValueError: if the batch is not what the model takes.
         """
         accepted = inspect.signature(self.model.forward).parameters
-        extra: dict[str, Any] = {"use_cache": False} if "use_cache" in accepted else {}
-        if isinstance(self.model, PreTrainedModel):
-            extra["output_hidden_states"] = True
+        extra = {"use_cache": False} if "use_cache" in accepted else {}
         inputs = {key: v.to(self.device) if isinstance(v, Tensor) else v for key, v in batch.items()}
         try:
             return self.model(**inputs, **extra)

@@ -125,15 +125,9 @@ class Fidelity:
         lines.append(f"{'all of them':{name}}  {'':14}{'':20}{_ntk(self.ntk)}")
         for label, error in (("hidden states at the end", self.hidden_states), ("outputs", self.outputs)):
             lines.append(f"{label:{name}}  {'':14}{_output(error)}")
-        return "\n".join(
-            [
-                *lines,
-                "",
-                f"parameters     {_change(*self.parameters)}",
-                f"FLOPs a token  {_change(*self.flops)}",
-                "relative: |K - K0| / |K0|; factor: what K has to be multiplied by to come closest to the original's K0",
-            ]
-        )
+        lines += ["", f"parameters     {_change(*self.parameters)}", f"FLOPs a token  {_change(*self.flops)}"]
+        lines.append("relative: |K - K0| / |K0|, K0 the original's kernel; factor: the a with a K closest to K0")
+        return "\n".join(lines)
 
     def to_json(self, path: str | Path) -> None:
         """Writes every figure, the kernels left out; what is not finite is written as null.

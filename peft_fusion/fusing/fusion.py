@@ -7,6 +7,7 @@ from torch import Tensor
 
 from .gram import gram_matrix
 from .kmeans import Clustering, cluster_means, kernel_kmeans
+from .rows import check_width, map_rows
 from .symmetry import balancing_factors, rescale
 from .weights import FFNWeights, NarrowFFN
 
@@ -42,8 +43,7 @@ def fuse(
     Raises:
         ValueError: if `width` is out of range.
     """
-    if not 1 <= width <= weights.width:
-        raise ValueError(f"The width must be between 1 and {weights.width}, but got {width}.")
+    check_width(weights, width)
     if width == weights.width:
         return NarrowFFN(weights, torch.ones(width, device=weights.out_weight.device))
     factor = balancing_factors(weights, degree)
@@ -71,13 +71,7 @@ def average(weights: FFNWeights, clustering: Clustering) -> FFNWeights:
     Returns:
         Weights of as many neurons as there are clusters; the bias of the out-projection is the same tensor.
     """
-
-    def mean(rows: Tensor) -> Tensor:
-        return cluster_means(rows, clustering)
-
-    biases = tuple(None if b is None else mean(b.unsqueeze(1)).squeeze(1) for b in weights.in_biases)
-    ins = tuple(mean(w) for w in weights.in_weights)
-    return FFNWeights(ins, biases, mean(weights.out_weight), weights.out_bias)
+    return map_rows(weights, lambda rows: cluster_means(rows, clustering))
 
 
 def typical_factor(factor: Tensor, clustering: Clustering) -> Tensor:

@@ -12,8 +12,7 @@ ROW_TILE = 512
 """Rows per product: small enough that little of the upper triangle is computed, large enough for the BLAS."""
 
 COLUMN_TILE = 1024
-"""Columns per product: bounds the half-precision columns held in `dtype`, and keeps the BLAS from sharing out one
-sum among many threads, whose result would depend on their number."""
+"""Columns per product, so that of a half-precision block only so many are held in `dtype`."""
 
 ALIGNMENT = 64
 """Rows are padded to a multiple: else the BLAS computes the last ones in an order that depends on the threads."""
@@ -47,9 +46,7 @@ def gram_matrix(
     if dtype == torch.float32 and not _in_range(gram, blocks):
         dtype, gram = torch.float64, _accumulate(blocks, weights, torch.float64)
     if not bool(gram.diagonal().isfinite().all()):
-        raise ValueError(
-            "The rows hold NaN or infinite values, or their squares overflow; check the weights given."
-        )
+        raise ValueError("The rows hold NaN or infinite values, or their squares overflow; check the weights given.")
     return gram
 
 
@@ -58,13 +55,9 @@ def _check(blocks: Sequence[Tensor], weights: Sequence[float]) -> None:
         raise ValueError("`blocks` is empty: give at least one tensor of shape (n, d).")
     shapes = [tuple(block.shape) for block in blocks]
     if any(len(shape) != 2 or shape[0] != shapes[0][0] for shape in shapes):
-        raise ValueError(
-            f"`blocks` must be matrices with one row a neuron, the same number in each; got {shapes}."
-        )
+        raise ValueError(f"`blocks` must be matrices with one row a neuron, the same number in each; got {shapes}.")
     if len(weights) != len(blocks) or not all(0 <= weight < float("inf") for weight in weights):
-        raise ValueError(
-            f"`weights` must be {len(blocks)} finite numbers >= 0, one for each block; got {weights}."
-        )
+        raise ValueError(f"`weights` must be {len(blocks)} finite numbers >= 0, one for each block; got {weights}.")
 
 
 def _accumulate(blocks: Sequence[Tensor], weights: Sequence[float], dtype: torch.dtype) -> Tensor:

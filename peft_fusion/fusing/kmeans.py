@@ -7,13 +7,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .local_search import lloyd, refine, squared_norms_of_sums, sum_by_label
+from .local_search import cheapest, first_rows, refine, squared_norms_of_sums, sum_by_label
 from .seeding import kmeans_plus_plus, ward
 
 
 @dataclass(frozen=True)
 class Clustering:
-    """A partition of n rows into c clusters, none of them empty.
+    """A partition of n rows into c clusters, none of them empty, in the order of their first rows.
 
     Args:
         labels: int64 tensor of shape (n,): the cluster of each row, in 0 .. c - 1.
@@ -26,42 +26,64 @@ class Clustering:
     inertia: float
 
 
-def kernel_kmeans(
-    gram: Tensor, n_clusters: int, *, n_init: int = 1, max_iter: int = 100, seed: int = 0
-) -> Clustering | list[Clustering]:
+def kernel_kmeans(gram: Tensor, n_clusters: int, *, n_init: int = 1, max_iter: int = 100, seed: int = 0) -> Clustering:
     """Cluster rows by k-means, given their Gram matrix (paper, section 4: the fused neurons are k-means centroids).
 
-    The first start is agglomerative (Ward's criterion) and needs no randomness; the others are greedy k-means++
-    followed by Lloyd's iterations. Each is then improved by single-row moves beyond what Lloyd can reach, and the
-    best is returned. The result depends on nothing but the arguments: not on the number of threads, not on the
-    global random state.
+    The first start is agglomerative (`ward`) and needs no randomness; the others are greedy k-means++ and Lloyd's
+    iterations. Each is then improved beyond what Lloyd can reach (`refine`), and the best is returned. The result
+    depends on nothing but the arguments: not on the number of threads, not on the global random state.
 
     Args:
-        gram: symmetric tensor of shape (n, n), as `gram_matrix` returns it; or (b, n, n), clustered one by one.
+        gram: symmetric, positive semi-definite tensor of shape (n, n), as `gram_matrix` returns it.
         n_clusters: the number of clusters c, 1 .. n.
         n_init: the number of starts.
-        max_iter: the most sweeps of Lloyd's iteration, and of single-row moves, per start.
-        seed: for the starts after the first.
+        max_iter: the most Lloyd iterations, and the most sweeps of the local search, of a start.
+        seed: of the starts after the first.
 
     Returns:
-        The clustering of the lowest inertia; a list of b of them for a batch.
+        The clustering of the lowest inertia.
 
     Raises:
-        ValueError: if `gram` is not square, holds NaN or infinite values, or `n_clusters` is out of range.
+        ValueError: if `gram` is not square, holds NaN or infinite values, or `n_clusters`, `n_init` or `max_iter`
+            is out of range.
     """
-    if gram.dim() == 3:
-        return [kernel_kmeans(g, n_clusters, n_init=n_init, max_iter=max_iter, seed=seed) for g in gram]
-    _check(gram, n_clusters, n_init)
+    _check(gram, n_clusters, n_init, max_iter)
     gram, scale = _normalised(gram)
     generator = torch.Generator().manual_seed(seed)
-    starts = []
+    found = []
     for start in range(n_init):
         if start == 0:
             labels = ward(gram, n_clusters)
         else:
             labels = lloyd(gram, kmeans_plus_plus(gram, n_clusters, generator), n_clusters, max_iter)
-        starts.append(_evaluated(gram, refine(gram, labels, n_clusters, max_iter), n_clusters, scale))
-    return min(starts, key=lambda clustering: clustering.inertia)
+        found.append(_evaluated(gram, refine(gram, labels, n_clusters, max_iter), n_clusters, scale))
+    return min(found, key=lambda clustering: clustering.inertia)
+
+
+def lloyd(gram: Tensor, labels: Tensor, n_clusters: int, max_iter: int) -> Tensor:
+    """Lloyd's iterations: exactly the labels that they give on the rows themselves.
+
+    Where Lloyd would leave a cluster empty, its first row stays.
+
+    Args:
+        gram: symmetric tensor of shape (n, n).
+        labels: int64 tensor of shape (n,): the start, with no empty cluster.
+        n_clusters: the number of clusters c.
+        max_iter: the most iterations.
+
+    Returns:
+        int64 tensor of shape (n,).
+    """
+    for _ in range(max_iter):
+        counts = torch.bincount(labels, minlength=n_clusters).unsqueeze(1)
+        sums = sum_by_label(gram, labels, n_clusters)  # (c, n)
+        mean_squares = squared_norms_of_sums(sums, labels).unsqueeze(1) / counts.double().square()
+        distances = sums.mul_(-2 / counts.to(gram.dtype)).add_(mean_squares.to(gram.dtype))  # less |row|^2
+        moved = _keep_occupied(cheapest(distances, 0)[1], labels, n_clusters)
+        if torch.equal(moved, labels):
+            break
+        labels = moved
+    return labels
 
 
 def cluster_means(rows: Tensor, clustering: Clustering) -> Tensor:
@@ -79,20 +101,19 @@ def cluster_means(rows: Tensor, clustering: Clustering) -> Tensor:
     return sums.div_(clustering.counts.to(sums).unsqueeze(1)).to(rows.dtype)
 
 
-def _check(gram: Tensor, n_clusters: int, n_init: int) -> None:
+def _check(gram: Tensor, n_clusters: int, n_init: int, max_iter: int) -> None:
     if gram.dim() != 2 or gram.shape[0] != gram.shape[1]:
-        raise ValueError(f"`gram` must have shape (n, n) or (b, n, n); got {tuple(gram.shape)}.")
-    if not 1 <= n_clusters <= gram.shape[0]:
-        raise ValueError(f"`n_clusters` must be 1 to {gram.shape[0]}, the number of rows; got {n_clusters}.")
-    if n_init < 1:
-        raise ValueError(f"`n_init` must be at least 1; got {n_init}.")
-    low, high = gram.aminmax()
-    if not (bool(low.isfinite()) and bool(high.isfinite())):
-        raise ValueError("`gram` holds NaN or infinite values; check the weights or the calibration batches.")
+        raise ValueError(f"`gram` must have shape (n, n); got {tuple(gram.shape)}.")
+    if not 1 <= n_clusters <= len(gram):
+        raise ValueError(f"`n_clusters` must be 1 to {len(gram)}, the number of rows; got {n_clusters}.")
+    if n_init < 1 or max_iter < 0:
+        raise ValueError(f"`n_init` must be at least 1 and `max_iter` at least 0; got {n_init} and {max_iter}.")
+    if not bool(torch.stack(gram.aminmax()).isfinite().all()):
+        raise ValueError("`gram` holds NaN or infinite values; check the weights, or the calibration batches.")
 
 
 def _normalised(gram: Tensor) -> tuple[Tensor, float]:
-    """`gram` in a dtype and of a size that leave room for sums, and the factor that was divided out."""
+    """`gram` of a dtype and a size that leave room for sums and for distances, and the factor taken out."""
     gram = gram.to(torch.promote_types(gram.dtype, torch.float32))
     scale = float(gram.diagonal().double().mean())
     if scale <= 0 or 1e-15 < scale < 1e15:
@@ -101,7 +122,16 @@ def _normalised(gram: Tensor) -> tuple[Tensor, float]:
 
 
 def _evaluated(gram: Tensor, labels: Tensor, n_clusters: int, scale: float) -> Clustering:
+    labels = first_rows(labels, n_clusters).argsort().argsort()[labels]
     counts = torch.bincount(labels, minlength=n_clusters)
-    explained = squared_norms_of_sums(sum_by_label(gram, labels, n_clusters), labels) / counts
-    inertia = float(gram.diagonal().double().sum() - explained.sum())
+    own = sum_by_label(gram, labels, n_clusters).gather(0, labels.unsqueeze(0)).squeeze(0)
+    inertia = float((gram.diagonal().double() - own.double() / counts[labels]).sum())  # row by row: less cancels
     return Clustering(labels, counts, max(inertia, 0.0) * scale)
+
+
+def _keep_occupied(labels: Tensor, before: Tensor, n_clusters: int) -> Tensor:
+    """`labels`, with the first former row of each cluster that would get empty put back."""
+    first = first_rows(before, n_clusters)
+    while len(empty := (torch.bincount(labels, minlength=n_clusters) == 0).nonzero().squeeze(1)):
+        labels[first[empty]] = empty
+    return labels

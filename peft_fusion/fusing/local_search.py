@@ -1,12 +1,12 @@
-"""Local searches that lower a clustering's inertia, given the rows' Gram matrix: Lloyd's and Hartigan's."""
+"""Local search on a partition of rows whose Gram matrix is known: moves of single rows, and exchanges of clusters."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-GROUP = 32
-"""Clusters per group when each row's cheapest cluster is sought: see `_cheapest`."""
+GROUP = 64
+"""Entries per group when a minimum is sought: see `cheapest`."""
 
 CROWD = 8
 """A sweep may move one row in so many of a cluster; see `refine`."""
@@ -15,88 +15,57 @@ NOISE = 8
 """Gains below so many rounding errors are taken for none."""
 
 
-def lloyd(gram: Tensor, labels: Tensor, n_clusters: int, max_iter: int) -> Tensor:
-    """Lloyd's iterations: exactly the labels that they give on the rows themselves (no cluster gets empty).
-
-    Args:
-        gram: symmetric tensor of shape (n, n).
-        labels: int64 tensor of shape (n,): the start, with no empty cluster.
-        n_clusters: the number of clusters c.
-        max_iter: the most iterations.
-
-    Returns:
-        int64 tensor of shape (n,).
-    """
-    for _ in range(max_iter):
-        counts = torch.bincount(labels, minlength=n_clusters)
-        sums = sum_by_label(gram, labels, n_clusters)  # (c, n)
-        mean_squares = squared_norms_of_sums(sums, labels) / counts.double().square()
-        costs = sums.mul_((-2 / counts.to(gram.dtype)).unsqueeze(1)).add_(
-            mean_squares.to(gram.dtype).unsqueeze(1)
-        )
-        moved = _keep_occupied(_cheapest(costs)[1], labels, n_clusters)
-        if torch.equal(moved, labels):
-            break
-        labels = moved
-    return labels
-
-
 def refine(gram: Tensor, labels: Tensor, n_clusters: int, max_iter: int) -> Tensor:
-    """Hartigan's search: move single rows to another cluster while that lowers the inertia.
+    """Lower a clustering's inertia beyond what Lloyd's iteration can reach; no cluster ever gets empty.
 
-    Moving row i from cluster a to b changes the inertia by n_b / (n_b + 1) d_ib^2 - n_a / (n_a - 1) d_ia^2, which
-    can be negative where Lloyd's iteration is stuck. Each sweep makes the best of the improving moves at once, at
-    most one in `CROWD` rows of a cluster, since together they change centroids; as soon as that no longer pays, at
-    most one a cluster, whose gains add exactly. No cluster ever gets empty.
+    Sweeps of Hartigan's moves until none improves; then exchanges: two clusters merge and a row far from its
+    centroid becomes a cluster of its own, where that pays; and again, until neither does.
 
     Args:
         gram: symmetric tensor of shape (n, n).
         labels: int64 tensor of shape (n,): the start, with no empty cluster.
         n_clusters: the number of clusters c.
-        max_iter: the most sweeps.
+        max_iter: the most sweeps, each round of exchanges counted as one.
 
     Returns:
         int64 tensor of shape (n,).
     """
-    state = _Partition(gram, labels, n_clusters)
+    state = Partition(gram, labels, n_clusters)
+    left = max_iter
+    while left > 0:
+        left -= _descend(state, left)
+        rows, targets = state.exchanges()
+        if left <= 0 or len(rows) == 0:
+            break
+        state.move(rows, targets)
+        left -= 1
+    return state.labels
+
+
+def _descend(state: Partition, max_iter: int) -> int:
+    """Hartigan's moves until none improves, or `max_iter` sweeps; returns the number of sweeps.
+
+    Each sweep makes the best of the improving moves, at first one in `CROWD` rows of a cluster, though together they
+    change centroids; as soon as that does not pay, at most one a cluster, whose gains add exactly.
+    """
     crowd, explained = CROWD, state.explained()
-    for _ in range(max_iter):
+    for sweep in range(max_iter):
         rows, targets = state.improving_moves()
         if len(rows) == 0:
-            break
+            return sweep
         limits = (state.counts // crowd).clamp_(min=1) if crowd else torch.ones_like(state.counts)
         chosen = _within_limits(state.labels[rows], targets, limits)
         state.move(rows[chosen], targets[chosen])
         before, explained = explained, state.explained()
         if explained <= before:
             crowd = 0
-    return state.labels
+    return max_iter
 
 
-def sum_by_label(values: Tensor, labels: Tensor, n_clusters: int) -> Tensor:
-    """Each cluster's sum of `values` (n, ...) -> (c, ...), the same bits on every run and device."""
-    out = values.new_zeros(n_clusters, *values.shape[1:])
-    return _add_rows(out, labels, values)
+class Partition:
+    """A partition of n rows into c clusters: the Gram rows' sums by cluster, and each row's cost of joining a cluster.
 
-
-def squared_norms_of_sums(sums: Tensor, labels: Tensor) -> Tensor:
-    """Each cluster's squared norm of the sum of its rows, float64 (c,), from `sums` (c, n) of Gram rows."""
-    own = sums.gather(0, labels.unsqueeze(0)).squeeze(0)
-    return sum_by_label(own.double(), labels, len(sums))
-
-
-def _add_rows(out: Tensor, index: Tensor, values: Tensor, sign: int = 1) -> Tensor:
-    if out.device.type == "cpu":
-        return out.index_add_(0, index, values, alpha=sign)
-    return out.index_put_(
-        (index,), values * sign, accumulate=True
-    )  # index_add_ is not deterministic elsewhere
-
-
-class _Partition:
-    """A partition under single-row moves: the Gram rows' sums by cluster, and every row's cost of joining a cluster.
-
-    Only what a move touches is computed anew: the sums and costs of the clusters that it leaves and joins.
+    A move computes anew only what it touches: the sums and costs of the clusters that rows leave and join.
     """
 
     def __init__(self, gram: Tensor, labels: Tensor, n_clusters: int) -> None:
@@ -112,22 +81,44 @@ class _Partition:
         return float((self.mean_squares * self.counts).sum())
 
     def improving_moves(self) -> tuple[Tensor, Tensor]:
-        """Rows that would better be elsewhere, and where, the largest gain first."""
-        counts, mean_squares = self.counts[self.labels].to(self.gram.dtype), self.mean_squares[self.labels]
-        own = self.sums[self.labels, self.rows]
-        squares = self.squares + mean_squares.to(self.gram.dtype)
-        leaving = torch.where(
-            counts > 1, (squares - 2 * own / counts) * counts / (counts - 1).clamp(min=1), 0
-        )
-        joining, targets = _cheapest(self.costs)
+        """Rows that would better be elsewhere, and where, the largest gain first.
+
+        Moving row i from cluster a to b changes the inertia by n_b / (n_b + 1) d_ib^2 - n_a / (n_a - 1) d_ia^2.
+        """
+        leaving, noise = self._gains_of_leaving()
+        joining, targets = cheapest(self.costs, 0)
         change = joining - leaving
-        rows = (change < -NOISE * torch.finfo(self.gram.dtype).eps * squares).nonzero().squeeze(1)
+        rows = (change < -noise).nonzero().squeeze(1)
         rows = rows[change[rows].argsort(stable=True)]
         return rows, targets[rows]
 
+    def exchanges(self) -> tuple[Tensor, Tensor]:
+        """Moves that merge pairs of clusters and give each freed one to a single row of another, where that pays.
+
+        The cheapest merge goes with the row of the largest gain, and so on; no cluster takes part twice, so that the
+        gains add exactly.
+        """
+        leaving, noise = self._gains_of_leaving()
+        cost, nearest = self._merges()
+        into = mutual_pairs(nearest)
+        into = into[cost[into] < leaving.max()]
+        into = into[cost[into].argsort(stable=True)]
+        leaving[torch.isin(self.labels, torch.cat([into, nearest[into]]))] = 0
+        rows = leaving.argsort(descending=True, stable=True)
+        rows = rows[_within_limits(self.labels[rows], self.labels[rows], torch.full_like(self.counts, 2))]
+        into, rows = into[: len(rows)], rows[: len(into)]
+        pays = leaving[rows] - cost[into] > noise[rows]
+        into, rows = into[pays], rows[pays]
+        freed = nearest[into]
+        target = torch.full_like(self.counts, -1)
+        target[freed] = into
+        target = target[self.labels]
+        merged = (target >= 0).nonzero().squeeze(1)
+        return torch.cat([merged, rows]), torch.cat([target[merged], freed])
+
     def move(self, rows: Tensor, targets: Tensor) -> None:
         """Move the given rows to the given clusters."""
-        sources, gram_rows = self.labels[rows], self.gram[rows]
+        sources, gram_rows = self.labels[rows], self.gram.index_select(0, rows)
         _add_rows(self.sums, sources, gram_rows, sign=-1)
         _add_rows(self.sums, targets, gram_rows)
         self.labels[rows] = targets
@@ -138,29 +129,95 @@ class _Partition:
         self.counts = torch.bincount(self.labels, minlength=len(self.sums))
         self.mean_squares = squared_norms_of_sums(self.sums, self.labels) / self.counts.double().square()
         counts = self.counts[clusters].to(dtype).unsqueeze(1)
-        costs = self.sums[clusters].mul_(-2 / counts).add_(self.mean_squares[clusters].to(dtype).unsqueeze(1))
-        self.costs[clusters] = costs.add_(self.squares).mul_(counts / (counts + 1))
+        costs = (
+            self.sums.index_select(0, clusters)
+            .mul_(-2 / counts)
+            .add_(self.mean_squares[clusters].to(dtype).unsqueeze(1))
+        )
+        self.costs.index_copy_(0, clusters, costs.add_(self.squares).mul_(counts / (counts + 1)))
         self.costs[self.labels, self.rows] = torch.inf
 
+    def _gains_of_leaving(self) -> tuple[Tensor, Tensor]:
+        """By how much each row's leaving its cluster lowers the inertia, and what of that may be rounding."""
+        counts = self.counts[self.labels].to(self.gram.dtype)
+        own = self.sums[self.labels, self.rows]
+        squares = self.squares + self.mean_squares[self.labels].to(self.gram.dtype)
+        gains = (squares - 2 * own / counts) * counts / (counts - 1)
+        return torch.where(counts > 1, gains, 0), NOISE * torch.finfo(self.gram.dtype).eps * squares
 
-def _cheapest(costs: Tensor) -> tuple[Tensor, Tensor]:
-    """Each column's minimum over the rows of `costs` (c, n), and where: the first if there are several.
+    def _merges(self) -> tuple[Tensor, Tensor]:
+        """For each cluster the cost of its cheapest merge, and with which."""
+        inverse = 1 / self.counts.to(self.gram.dtype)
+        products = sum_by_label(self.sums.T.contiguous(), self.labels, len(self.counts))
+        products *= inverse.unsqueeze(1) * inverse
+        every = torch.arange(len(self.counts), device=inverse.device)
+        return cheapest(merge_costs(products, self.mean_squares.to(inverse.dtype), inverse, every), 1)
 
-    `min` over a group of rows is vectorised where `argmin` is not: so first the best group, then the best within it.
+
+def merge_costs(products: Tensor, squares: Tensor, inverse: Tensor, part: Tensor) -> Tensor:
+    """What merging clusters costs: n_a n_b / (n_a + n_b) |m_a - m_b|^2 (Ward's criterion), infinite for a = b.
+
+    Args:
+        products: tensor of shape (p, c): the inner products of the means of clusters `part` with all; overwritten.
+        squares: tensor of shape (c,): the squared norms of the means.
+        inverse: tensor of shape (c,): 1 / n_a.
+        part: int64 tensor of shape (p,).
     """
-    c, n = costs.shape
-    whole = c - c % GROUP
+    costs = products.mul_(-2)
+    costs += squares[part].unsqueeze(1) + squares  # summed first, so that the costs are exactly symmetric
+    costs /= inverse[part].unsqueeze(1) + inverse
+    costs[torch.arange(len(part), device=part.device), part] = torch.inf
+    return costs
+
+
+def mutual_pairs(nearest: Tensor) -> Tensor:
+    """The first of each pair of clusters that are each other's nearest."""
+    clusters = torch.arange(len(nearest), device=nearest.device)
+    return ((nearest[nearest] == clusters) & (clusters < nearest)).nonzero().squeeze(1)
+
+
+def cheapest(costs: Tensor, dim: int) -> tuple[Tensor, Tensor]:
+    """The minimum of a matrix along `dim`, and where: the first if there are several.
+
+    `amin` over a group is vectorised where `min` with its index is not: first the best group, then the best in it.
+    """
+    size = costs.shape[dim]
+    whole = size - size % GROUP
     if whole == 0:
-        return costs.min(0)
-    groups = costs[:whole].view(-1, GROUP, n)
-    best = groups.amin(1).min(0).indices
-    value, within = groups[best, :, torch.arange(n, device=costs.device)].min(1)
+        return costs.min(dim)
+    groups = costs.narrow(dim, 0, whole).unflatten(dim, (-1, GROUP))
+    best = groups.amin(dim + 1).min(dim).indices
+    every = torch.arange(len(best), device=costs.device)
+    value, within = (groups[every, best] if dim else groups[best, :, every]).min(1)
     index = best * GROUP + within
-    if whole < c:
-        rest = costs[whole:].min(0)
+    if whole < size:
+        rest = costs.narrow(dim, whole, size - whole).min(dim)
         index = torch.where(rest.values < value, rest.indices + whole, index)
         value = torch.minimum(rest.values, value)
     return value, index
+
+
+def sum_by_label(values: Tensor, labels: Tensor, n_clusters: int) -> Tensor:
+    """Each cluster's sum of `values` (n, ...) -> (c, ...), the same bits on every run."""
+    return _add_rows(values.new_zeros(n_clusters, *values.shape[1:]), labels, values)
+
+
+def squared_norms_of_sums(sums: Tensor, labels: Tensor) -> Tensor:
+    """Each cluster's squared norm of the sum of its rows, float64 (c,), from its sum of Gram rows `sums` (c, n)."""
+    own = sums.gather(0, labels.unsqueeze(0)).squeeze(0)
+    return sum_by_label(own.double(), labels, len(sums))
+
+
+def first_rows(labels: Tensor, n_clusters: int) -> Tensor:
+    """The index of each cluster's first row, int64 (c,)."""
+    rows = torch.arange(len(labels), device=labels.device)
+    return rows.new_full((n_clusters,), len(labels)).scatter_reduce_(0, labels, rows, "amin")
+
+
+def _add_rows(out: Tensor, index: Tensor, values: Tensor, sign: int = 1) -> Tensor:
+    if out.device.type == "cpu":
+        return out.index_add_(0, index, values, alpha=sign)
+    return out.index_put_((index,), values * sign, accumulate=True)  # sorts; index_add_ is not deterministic there
 
 
 def _within_limits(sources: Tensor, targets: Tensor, limits: Tensor) -> Tensor:
@@ -171,13 +228,3 @@ def _within_limits(sources: Tensor, targets: Tensor, limits: Tensor) -> Tensor:
     places = torch.empty_like(order)
     places[order] = torch.arange(len(order), device=order.device) - torch.searchsorted(ordered, ordered)
     return (places < limits[clusters]).view(-1, 2).all(1)
-
-
-def _keep_occupied(labels: Tensor, before: Tensor, n_clusters: int) -> Tensor:
-    """`labels`, with the first former row of each cluster that would get empty put back."""
-    n = len(labels)
-    rows = torch.arange(n, device=labels.device)
-    first = torch.full((n_clusters,), n, device=labels.device).scatter_reduce_(0, before, rows, "amin")
-    while len(empty := (torch.bincount(labels, minlength=n_clusters) == 0).nonzero().squeeze(1)):
-        labels[first[empty]] = empty
-    return labels

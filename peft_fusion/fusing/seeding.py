@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from .local_search import sum_by_label
+from .local_search import cheapest, merge_costs, mutual_pairs, sum_by_label
 
 DUPLICATE = 64
 """Rows whose squared distance is below so many rounding errors of their squared norms are taken for equal."""
@@ -47,7 +47,7 @@ def kmeans_plus_plus(gram: Tensor, n_clusters: int, generator: torch.Generator) 
     Returns:
         int64 tensor of shape (n,): the nearest centre of each row, no cluster empty.
     """
-    n, squares = gram.shape[0], gram.diagonal()
+    n, squares = gram.shape[0], gram.diagonal().clone()  # not strided: five times as fast
     trials = 2 + int(math.log(n_clusters))
     draws = torch.rand(n_clusters, trials, generator=generator, dtype=torch.float64).to(gram.device)
     free = torch.ones(n, dtype=torch.bool, device=gram.device)
@@ -71,7 +71,7 @@ def kmeans_plus_plus(gram: Tensor, n_clusters: int, generator: torch.Generator) 
 
 def _merge_duplicates(gram: Tensor) -> Tensor:
     """Labels 0 .. g - 1, one for each distinct row: that of the first row equal to it."""
-    squares = gram.diagonal()
+    squares = gram.diagonal().clone()
     noise = DUPLICATE * torch.finfo(gram.dtype).eps
     leaders = torch.arange(len(gram), device=gram.device)
     tile = _tile(gram)
@@ -112,9 +112,7 @@ class _Forest:
         self.labels = labels
         self.counts = torch.bincount(labels).to(gram.dtype)
         if len(self.counts) < len(labels):
-            gram = sum_by_label(
-                sum_by_label(gram, labels, len(self.counts)).T.contiguous(), labels, len(self.counts)
-            )
+            gram = sum_by_label(sum_by_label(gram, labels, len(self.counts)).T.contiguous(), labels, len(self.counts))
             gram /= self.counts * self.counts.unsqueeze(1)
             self.products = gram
         else:
@@ -141,11 +139,8 @@ class _Forest:
         return len(into)
 
     def _mutual_pairs(self, limit: int) -> tuple[Tensor, Tensor]:
-        clusters = torch.arange(len(self.nearest), device=self.nearest.device)
-        mutual = (
-            (self.nearest[self.nearest] == clusters) & (clusters < self.nearest) & self.squares.isfinite()
-        )
-        into = mutual.nonzero().squeeze(1)
+        into = mutual_pairs(self.nearest)
+        into = into[self.squares[into].isfinite()]
         if len(into) == 0:  # ties that a device breaks at random could chase each other round
             into = self.cost.argmin().unsqueeze(0)
         into = into[self.cost[into].argsort(stable=True)][:limit]
@@ -153,10 +148,10 @@ class _Forest:
 
     def _combine(self, into: Tensor, gone: Tensor) -> None:
         share = self.counts[into] / (self.counts[into] + self.counts[gone])
-        rows = self.products[into].mul_(share.unsqueeze(1))
-        rows += self.products[gone].mul_((1 - share).unsqueeze(1))
+        rows = self.products.index_select(0, into).mul_(share.unsqueeze(1))
+        rows += self.products.index_select(0, gone).mul_((1 - share).unsqueeze(1))
         rows[:, into] = rows[:, into] * share + rows[:, gone] * (1 - share)
-        self.products[into] = rows
+        self.products.index_copy_(0, into, rows)
         self.products[:, into] = rows.T
         self.counts[into] += self.counts[gone]
         self.squares[into] = self.products[into, into]
@@ -170,7 +165,7 @@ class _Forest:
         packed = self.products.view(-1)[: len(kept) ** 2].view(len(kept), len(kept))
         tile = _tile(self.products)
         for rows, out in zip(kept.split(tile), packed.split(tile), strict=True):
-            out.copy_(self.products[rows][:, kept])
+            out.copy_(self.products.index_select(0, rows).index_select(1, kept))
         self.products = packed
         self.counts, self.squares, self.cost = self.counts[kept], self.squares[kept], self.cost[kept]
         self.nearest = place[self.nearest[kept]]
@@ -179,10 +174,5 @@ class _Forest:
     def _find_nearest(self, clusters: Tensor) -> None:
         inverse = 1 / self.counts
         for part in clusters.split(_tile(self.products)):
-            cost = self.products[part].mul_(-2)
-            cost += (
-                self.squares[part].unsqueeze(1) + self.squares
-            )  # one sum first: the cost is exactly symmetric
-            cost /= inverse[part].unsqueeze(1) + inverse
-            cost[torch.arange(len(part), device=part.device), part] = torch.inf
-            self.cost[part], self.nearest[part] = cost.min(1)
+            costs = merge_costs(self.products.index_select(0, part), self.squares, inverse, part)
+            self.cost[part], self.nearest[part] = cheapest(costs, 1)

@@ -55,16 +55,23 @@ class NarrowFFN:
     Args:
         weights: the narrow FFN's weights, `width` rows.
         scale: tensor of shape (width,): the paper's diag(P); it multiplies the hidden activations.
+        in_scales: for each in-projection a tensor of shape (width,) that multiplies what it puts out, bias included;
+            None where there are none.
     """
 
     weights: FFNWeights
     scale: Tensor
+    in_scales: tuple[Tensor, ...] | None = None
 
     def folded(self) -> FFNWeights:
-        """The same function as plain weights: the scale multiplied into the out-projection."""
-        w = self.weights
-        out_weight = w.out_weight * self.scale.to(w.out_weight.dtype).unsqueeze(1)
-        return FFNWeights(w.in_weights, w.in_biases, out_weight, w.out_bias)
+        """The same function as plain weights: the scales multiplied into the projections."""
+        w, dtype = self.weights, self.weights.out_weight.dtype
+        ins, biases = w.in_weights, w.in_biases
+        if self.in_scales is not None:
+            pairs = list(zip(ins, biases, self.in_scales, strict=True))
+            ins = tuple(weight * scale.to(dtype).unsqueeze(1) for weight, _, scale in pairs)
+            biases = tuple(None if bias is None else bias * scale.to(dtype) for _, bias, scale in pairs)
+        return FFNWeights(ins, biases, w.out_weight * self.scale.to(dtype).unsqueeze(1), w.out_bias)
 
 
 def stack_rows(weights: FFNWeights, dtype: torch.dtype = torch.float32) -> Tensor:

@@ -1,0 +1,52 @@
+"""What goes on inside an FFN on given inputs: hidden activations and their derivatives."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .weights import FFNWeights
+
+Activation = Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Inside:
+    """An FFN's inner values on some tokens.
+
+    Args:
+        hidden: tensor of shape (tokens, neurons): what goes into the out-projection.
+        slopes: for each in-projection a tensor of shape (tokens, neurons): the derivative of `hidden` by what the
+            in-projection puts out.
+    """
+
+    hidden: Tensor
+    slopes: tuple[Tensor, ...]
+
+
+def look_inside(weights: FFNWeights, activation: Activation, inputs: Tensor) -> Inside:
+    """Runs an FFN's in-projections and activation.
+
+    Args:
+        weights: the FFN's weights.
+        activation: the activation function, elementwise.
+        inputs: tensor of shape (tokens, in_dim).
+
+    Returns:
+        Hidden activations and slopes, in float32 at least.
+    """
+    dtype = torch.promote_types(weights.out_weight.dtype, torch.float32)
+    x = inputs.to(dtype)
+    pairs = zip(weights.in_weights, weights.in_biases, strict=True)
+    z = [x @ w.to(dtype).T + (0 if b is None else b.to(dtype)) for w, b in pairs]
+    with torch.enable_grad():
+        first = z[0].detach().requires_grad_()
+        activated = activation(first)
+        (slope,) = torch.autograd.grad(activated.sum(), first)
+    activated = activated.detach()
+    if not weights.gated:
+        return Inside(activated, (slope,))
+    return Inside(activated * z[1], (slope * z[1], activated))

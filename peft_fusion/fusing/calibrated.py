@@ -1,0 +1,187 @@
+"""Fusion that knows what goes through the FFN: cluster by it, refit to it, scale by it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .activations import Activation, look_inside
+from .fusion import average, cast, typical_factor
+from .kernels import ntk_kernel, output_kernel, weight_kernel
+from .kmeans import Clustering, kernel_kmeans
+from .neurons import eliminate, most_salient, most_salient_of_each
+from .pruning import norm_products
+from .refit import Moments, moments_of_kept, moments_of_sample, refit
+from .rows import check_width, select_rows
+from .statistics import FFNStatistics
+from .symmetry import balancing_factors, rescale
+from .tangent import match_tangent_kernel
+from .weights import FFNWeights, NarrowFFN
+
+
+@dataclass(frozen=True)
+class _Known:
+    """An FFN and what calibration found out about it."""
+
+    weights: FFNWeights
+    statistics: FFNStatistics
+    activation: Activation
+    second_moment: Tensor
+    inputs: Tensor
+    hidden: Tensor
+
+    @property
+    def outputs(self) -> Tensor:
+        """What the FFN puts out on the held-out inputs, without its bias."""
+        return self.hidden @ self.weights.out_weight.to(self.hidden.dtype)
+
+    @property
+    def saliency(self) -> Tensor:
+        """E[h_i^2] |w2_i|^2, the size of what each neuron puts out."""
+        return self.second_moment.diagonal() * self.weights.out_weight.float().square().sum(1)
+
+
+def fuse_calibrated(
+    weights: FFNWeights,
+    width: int,
+    statistics: FFNStatistics,
+    activation: Activation,
+    *,
+    method: str = "fusion",
+    kernel: str = "outputs",
+    representative: str = "neuron",
+    refit: str = "ridge",
+    scale: str = "ntk",
+    degree: int | None = None,
+    n_init: int | None = None,
+    max_iter: int | None = None,
+    seed: int = 0,
+) -> NarrowFFN:
+    """A narrow FFN that does on the calibration inputs what the original does.
+
+    Args:
+        weights: the FFN's weights.
+        width: the number of neurons, from 1 to `weights.width`.
+        statistics: what calibration found out about it.
+        activation: its activation function.
+        method: "fusion" or "pruning" (the most salient neurons).
+        kernel: what neurons are compared by: "weights", "outputs" or "ntk".
+        representative: what stands for a cluster: "centroid", its mean; "neuron", a real one. For real ones, what
+            each FFN gets is decided by the error on held-out tokens, between the most salient neuron of every
+            cluster, the neurons left by `eliminate` and the most salient ones.
+        refit: "ridge": the out-projection is fitted anew; "none".
+        scale: "counts" (for centroids), "ntk" or "none".
+        degree: for a plain FFN, its activation's degree of homogeneity; None if it has none.
+        n_init: restarts of the clustering; None for the engine's default.
+        max_iter: iterations of the clustering; None for the engine's default.
+        seed: makes the clustering repeatable.
+
+    Returns:
+        The narrow FFN, in the dtype of `weights`.
+
+    Raises:
+        ValueError: if `width` is out of range, or the statistics are of an FFN of another shape.
+    """
+    check_width(weights, width)
+    known = _known(weights, statistics, activation)
+    clustering = {"n_init": n_init, "max_iter": max_iter}
+    settings = {name: value for name, value in clustering.items() if value is not None}
+
+    def clusters() -> Clustering:
+        return kernel_kmeans(_kernel(known, kernel, degree), width, seed=seed, **settings)
+
+    if method == "pruning":
+        saliency = norm_products(weights) if kernel == "weights" else known.saliency
+        narrow = _best_of([most_salient(saliency, width)], known, refit)
+    elif representative == "neuron":
+        narrow = _best_of(_candidates(known, clusters(), width), known, refit)
+    else:
+        narrow = _centroids(known, clusters(), degree, refit)
+    if scale == "ntk":
+        narrow = match_tangent_kernel(known.weights, narrow.folded(), activation, known.inputs)
+    return NarrowFFN(cast(narrow.weights, weights.out_weight.dtype), narrow.scale, narrow.in_scales)
+
+
+def _known(weights: FFNWeights, statistics: FFNStatistics, activation: Activation) -> _Known:
+    """Brings everything together in float32 on the device of the weights.
+
+    Raises:
+        ValueError: if the statistics are of an FFN of another shape.
+    """
+    shape = (weights.width, weights.in_weights[0].shape[1])
+    if shape != (statistics.width, statistics.in_dim):
+        raise ValueError(
+            f"The statistics are of an FFN of {statistics.width} neurons and {statistics.in_dim} inputs, but this one "
+            f"has {shape[0]} and {shape[1]}. Calibrate again."
+        )
+    weights = cast(weights, torch.promote_types(weights.out_weight.dtype, torch.float32))
+    moment = statistics.second_moment.to(weights.out_weight.device)
+    inputs = statistics.held_out.to(weights.out_weight)
+    hidden = look_inside(weights, activation, inputs).hidden
+    return _Known(weights, statistics, activation, moment, inputs, hidden)
+
+
+def _kernel(known: _Known, kernel: str, degree: int | None) -> Tensor:
+    if kernel == "weights":
+        return weight_kernel(known.weights, degree)
+    if kernel == "outputs":
+        return output_kernel(known.weights, known.second_moment)
+    return ntk_kernel(known.weights, known.second_moment, known.inputs, known.activation, degree)
+
+
+def _candidates(known: _Known, clustering: Clustering, width: int) -> list[Tensor]:
+    """Choices of real neurons to decide between."""
+    return [
+        most_salient_of_each(known.saliency, clustering.labels, width).sort().values,
+        eliminate(known.second_moment, known.weights.out_weight, width),
+        most_salient(known.saliency, width),
+    ]
+
+
+def _best_of(candidates: list[Tensor], known: _Known, how: str) -> NarrowFFN:
+    """The narrow FFN of those real neurons that come closest to the original on held-out tokens."""
+    mean = known.statistics.sum.to(known.second_moment) / max(known.statistics.tokens, 1)
+    found = []
+    for kept in candidates:
+        narrow = select_rows(known.weights, kept)
+        moments = moments_of_kept(known.second_moment, mean, known.weights.out_weight, kept)
+        found.append(_refitted(narrow, moments, known.hidden[:, kept], known.outputs, how))
+    best, _ = min(found, key=lambda result: result[1])
+    return NarrowFFN(best, torch.ones(best.width, device=best.out_weight.device))
+
+
+def _centroids(known: _Known, clustering: Clustering, degree: int | None, how: str) -> NarrowFFN:
+    """The narrow FFN of the clusters' means, with their sizes as scale.
+
+    Their hidden activations are not among what was accumulated, so they are refitted to one half of the held-out
+    tokens and judged on the other.
+    """
+    factor = balancing_factors(known.weights, degree)
+    balanced = known.weights if factor is None else rescale(known.weights, factor, degree or 1)
+    centroids = average(balanced, clustering)
+    if factor is not None:
+        centroids = rescale(centroids, 1 / typical_factor(factor, clustering), degree or 1)
+    counts = clustering.counts.to(centroids.out_weight)
+    if how == "none":
+        return NarrowFFN(centroids, counts)
+    hidden = look_inside(centroids, known.activation, known.inputs).hidden * counts
+    half = len(hidden) // 2
+    moments = moments_of_sample(hidden[:half], known.outputs[:half])
+    fitted, _ = _refitted(centroids, moments, hidden[half:], known.outputs[half:], how)
+    return NarrowFFN(fitted, counts)
+
+
+def _refitted(
+    narrow: FFNWeights, moments: Moments, hidden: Tensor, outputs: Tensor, how: str
+) -> tuple[FFNWeights, float]:
+    """A narrow FFN with its out-projection fitted, and its relative squared error on held-out tokens."""
+    prior, bias = narrow.out_weight, narrow.out_bias
+    if how == "none":
+        difference = hidden @ prior - outputs
+        return narrow, float(difference.square().sum() / outputs.square().sum().clamp(min=1e-30))
+    fit = refit(moments, prior, hidden, outputs, with_bias=bias is not None)
+    if bias is not None and fit.bias_change is not None:
+        bias = bias + fit.bias_change.to(bias)
+    return FFNWeights(narrow.in_weights, narrow.in_biases, fit.out_weight.to(prior), bias), fit.error

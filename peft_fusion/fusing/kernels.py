@@ -1,0 +1,87 @@
+"""Inner products between sub-MLPs: how alike two neurons are, by their weights or by what they do.
+
+A sub-MLP's output is the random vector h_i(x) w2_i, so that over the calibration tokens
+
+    outputs:  K_ij = E[h_i h_j] <w2_i, w2_j>
+    ntk:      adds the gradient features, h_i for w2_i and h'_i |w2_i| |x| for each in-weight:
+              K_ij + a E[h_i h_j] + sum_k b_k E[h'_ik h'_jk |x|^2] <w2_i, w2_j>
+
+The first does not depend on how a sub-MLP is parametrised; the second does, as gradients do, and is taken in the
+balanced coordinates of `symmetry`. Its parts are given equal traces.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .activations import Activation, look_inside
+from .gram import gram_matrix
+from .symmetry import balancing_factors, rescale
+from .weights import FFNWeights
+
+
+def weight_kernel(weights: FFNWeights, degree: int | None = None) -> Tensor:
+    """The paper's kernel: inner products of the rows `[w1 | b1 | w2]`, in balanced coordinates.
+
+    Args:
+        weights: the FFN's weights.
+        degree: for a plain FFN, its activation's degree of homogeneity; None if it has none.
+
+    Returns:
+        Symmetric tensor of shape (neurons, neurons).
+    """
+    factor = balancing_factors(weights, degree)
+    balanced = weights if factor is None else rescale(weights, factor, degree or 1)
+    return gram_matrix(balanced.blocks())
+
+
+def output_kernel(weights: FFNWeights, second_moment: Tensor) -> Tensor:
+    """Inner products of the sub-MLPs' outputs over calibration tokens.
+
+    Args:
+        weights: the FFN's weights.
+        second_moment: E[h h^T], tensor of shape (neurons, neurons).
+
+    Returns:
+        Symmetric tensor of shape (neurons, neurons).
+    """
+    return gram_matrix([weights.out_weight]).mul_(second_moment.to(weights.out_weight.device))
+
+
+def ntk_kernel(
+    weights: FFNWeights,
+    second_moment: Tensor,
+    inputs: Tensor,
+    activation: Activation,
+    degree: int | None = None,
+) -> Tensor:
+    """Inner products of the sub-MLPs' outputs and gradients over calibration tokens.
+
+    Args:
+        weights: the FFN's weights.
+        second_moment: E[h h^T], tensor of shape (neurons, neurons).
+        inputs: tensor of shape (tokens, in_dim), for the derivatives.
+        activation: the activation function.
+        degree: for a plain FFN, its activation's degree of homogeneity; None if it has none.
+
+    Returns:
+        Symmetric tensor of shape (neurons, neurons).
+    """
+    moment = second_moment.to(weights.out_weight.device)
+    factor = balancing_factors(weights, degree)
+    if factor is not None:
+        weights = rescale(weights, factor, degree or 1)
+        moment = moment * torch.outer(factor, factor) ** (degree or 1)
+    out = gram_matrix([weights.out_weight])
+    outputs = moment * out
+    x = inputs.to(outputs)
+    slopes = look_inside(weights, activation, x).slopes
+    parts = [moment, *(_moment(slope * x.norm(dim=1, keepdim=True)).mul_(out) for slope in slopes)]
+    trace = outputs.trace()
+    return sum((part * (trace / part.trace().clamp(min=1e-30)) for part in parts), outputs)
+
+
+def _moment(values: Tensor) -> Tensor:
+    """E[v v^T] over the rows."""
+    return values.T @ values / max(len(values), 1)
