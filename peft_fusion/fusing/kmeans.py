@@ -33,6 +33,16 @@ def kernel_kmeans(gram: Tensor, n_clusters: int, *, n_init: int = 1, max_iter: i
     iterations. Each is then improved beyond what Lloyd can reach (`refine`), and the best is returned. The result
     depends on nothing but the arguments: not on the number of threads, not on the global random state.
 
+    What the defaults buy, as mean inertia above that of one start run to its end, over the weight rows of MiniLM-L6's
+    6 FFNs and of every sixth of SmolLM2-135M's 30 (1536 rows each):
+
+        c                                  MiniLM 384   MiniLM 768   SmolLM2 384   SmolLM2 768
+        best of 4 k-means++ and Lloyd         +6.97 %      +8.67 %       +4.88 %       +5.90 %
+        n_init=1, max_iter=0                  +1.17 %      +1.09 %       +0.45 %       +0.32 %
+        n_init=1, max_iter=20                 +0.31 %      +0.04 %       +0.04 %       +0.03 %
+        n_init=1, max_iter=100 (default)       0.00 %       0.00 %        0.00 %        0.00 %
+        n_init=4, max_iter=100                 0.00 %       0.00 %        0.00 %       -0.01 %
+
     Args:
         gram: symmetric, positive semi-definite tensor of shape (n, n), as `gram_matrix` returns it.
         n_clusters: the number of clusters c, 1 .. n.
