@@ -140,7 +140,7 @@ def _record(
     statistics: dict[str, FFNStatistics],
 ) -> int:
     """Runs batches through the model, adds the statistics of some of its FFNs, and returns the sequences seen."""
-    recorder = Recorder({p.ffn.name: _empty(p) for p in planned})
+    recorder = Recorder({p.ffn.name: _empty(p) for p in planned}, _decodes(model))
     seen = 0
     with ExitStack() as hooks:
         for p in planned:
@@ -157,6 +157,11 @@ def _record(
     return seen
 
 
+def _decodes(model: nn.Module) -> bool:
+    """Whether a model is an encoder-decoder."""
+    return bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
+
+
 def _empty(planned: PlannedFFN) -> FFNStatistics:
     first = planned.ffn.base_projections[0]
     return FFNStatistics(planned.ffn.width, features(first)[0], next(first.parameters()).device)
@@ -167,7 +172,7 @@ def _forward(model: nn.Module, batch: Batch) -> None:
     device = next(model.parameters()).device
     accepted = inspect.signature(model.forward).parameters
     inputs: dict[str, Any] = {name: value.to(device) for name, value in batch.items()}
-    if "decoder_input_ids" in inputs or not getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+    if "decoder_input_ids" in inputs or not _decodes(model):
         inputs.pop("labels", None)
     cheaper = {"use_cache": False, "logits_to_keep": 1}
     inputs |= {name: value for name, value in cheaper.items() if name in accepted and "labels" not in inputs}

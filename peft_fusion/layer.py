@@ -9,7 +9,7 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import Tensor, nn
 
-from .ffn import ConfigWidth, bring_back, require_originals, take_away
+from .ffn import ConfigWidth, bring_back, is_quantised, require_originals, take_away
 from .narrow import NarrowInProjection as NarrowInProjection
 from .narrow import NarrowOutProjection as NarrowOutProjection
 from .narrow import NarrowProjection, plain_projection
@@ -23,14 +23,16 @@ class FusionLayer(nn.Module, BaseTunerLayer):
 
     Args:
         base_layer: the projection, an `nn.Linear` or a `Conv1D`.
+        dtype: the model's, for the plain projection that a quantised one is merged to.
     """
 
     adapter_layer_names: tuple[str, ...] = ("mlp_fusion_narrow",)
     other_param_names: tuple[str, ...] = ("config_widths",)
 
-    def __init__(self, base_layer: nn.Module) -> None:
+    def __init__(self, base_layer: nn.Module, dtype: torch.dtype | None = None) -> None:
         super().__init__()
         self.base_layer = base_layer
+        self._dtype = dtype
         self.mlp_fusion_narrow = nn.ModuleDict()
         self.config_widths: dict[str, ConfigWidth] = {}
         self.merged_adapters: list[str] = []
@@ -127,7 +129,7 @@ class FusionLayer(nn.Module, BaseTunerLayer):
             return
         weight, bias = self._narrow(names[0]).folded()
         wide = self.base_layer
-        self.base_layer = plain_projection(wide, weight.detach(), None if bias is None else bias.detach())
+        self.base_layer = plain_projection(wide, weight.detach(), None if bias is None else bias.detach(), self._dtype)
         self._wide.append(wide)
         self.merged_adapters.append(names[0])
 
@@ -136,7 +138,8 @@ class FusionLayer(nn.Module, BaseTunerLayer):
         if not self.merged:
             return
         narrow, self.base_layer = self.base_layer, self._wide.pop()
-        self.base_layer.to(next(narrow.parameters()))  # where and in what precision the model is by now
+        now = next(narrow.parameters())  # where and in what precision the model is by now
+        self.base_layer.to(now.device, None if is_quantised(self.base_layer) else now.dtype)
         self.merged_adapters.clear()
 
     def unload_and_optionally_merge_module(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 
 from peft import PeftConfig
-from peft.tuners.tuners_utils import BaseTuner
+from peft.tuners.tuners_utils import BaseTuner, _ExcludedModule
 from torch import Tensor, nn
 
 from .calibrate import calibration_for, drop_calibration
@@ -186,7 +186,9 @@ class FusionModel(BaseTuner):
         peft_config.fused_widths = {p.ffn.name: [p.ffn.width, p.width] for p in plan}
         peft_config.fused_by = recipe.to_dict()
 
-    def _check_target_module_exists(self, peft_config: PeftConfig, key: str) -> bool:
+    def _check_target_module_exists(self, peft_config: PeftConfig, key: str) -> bool | _ExcludedModule:
+        if key not in self._projections and peft_config.exclude_modules:
+            return _ExcludedModule()  # else PEFT warns that nothing was excluded
         return key in self._projections
 
     def _create_and_replace(
@@ -203,7 +205,7 @@ class FusionModel(BaseTuner):
         is_out = current_key == planned.ffn.projection_names[-1]
         if nn.Linear(1, 1).weight.is_meta:
             projection.to("meta")
-        layer = target if isinstance(target, FusionLayer) else FusionLayer(target)
+        layer = target if isinstance(target, FusionLayer) else FusionLayer(target, getattr(self.model, "dtype", None))
         layer.add_narrow(adapter_name, projection, planned.config_width if is_out else None)
         if layer is not target:
             self._replace_module(parent, target_name, layer, target)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
+
+from .ffn import blank_like, is_quantised
 
 
 class NarrowProjection(nn.Module):
@@ -84,24 +87,29 @@ class LowRankProjection(NarrowProjection):
         return self.weight @ self.weight_in, self.bias
 
 
-def plain_projection(like: nn.Module, weight: Tensor, bias: Tensor | None) -> nn.Module:
+def plain_projection(
+    original: nn.Module, weight: Tensor, bias: Tensor | None, dtype: torch.dtype | None = None
+) -> nn.Module:
     """A plain linear module of the kind, dtype and device of another, with other weights.
 
     Args:
-        like: an `nn.Linear` (or a subclass without state of its own) or a `Conv1D`.
+        original: an `nn.Linear` (or a subclass without state of its own) or a `Conv1D`.
         weight: tensor of shape (out_features, in_features).
         bias: tensor of shape (out_features,), or None.
+        dtype: the model's, which a quantised original does not tell; the result is a plain `nn.Linear` then.
     """
-    old = like.weight
-    assert isinstance(old, Tensor)
     out_features, in_features = weight.shape
+    like, trains = blank_like(original), next(original.parameters()).requires_grad
     module: nn.Module
-    if isinstance(like, Conv1D):
+    if isinstance(original, Conv1D):
         module, weight = Conv1D(out_features, in_features), weight.T.contiguous()
     else:
-        module = linear = type(like).__new__(type(like))
+        kind = nn.Linear if is_quantised(original) else type(original)
+        module = linear = kind.__new__(kind)
         nn.Linear.__init__(linear, in_features, out_features, bias is not None, device="meta")  # type: ignore[arg-type]
-    module.weight = nn.Parameter(weight.to(old, copy=True), requires_grad=old.requires_grad)
+    if dtype is not None and is_quantised(original):
+        like = like.to(dtype)
+    module.weight = nn.Parameter(weight.to(like, copy=True), requires_grad=trains)
     if bias is not None:
-        module.bias = nn.Parameter(bias.to(old, copy=True), requires_grad=old.requires_grad)
-    return module.train(like.training)
+        module.bias = nn.Parameter(bias.to(like, copy=True), requires_grad=trains)
+    return module.train(original.training)

@@ -14,11 +14,13 @@ from .ffn import (
     ConfigWidth,
     Selection,
     across_neurons,
+    check_can_leave,
     config_widths,
     features,
     find_ffns,
     select_ffns,
     target_widths,
+    unreadable_projections,
 )
 from .fusing.svd import rank_for
 from .layer import FusionLayer
@@ -76,6 +78,11 @@ def plan_ffns(
             cannot be fused.
     """
     ffns = find_ffns(model)
+    if not ffns and (classes := unreadable_projections(model)):
+        raise ValueError(
+            f"{type(model).__name__} has FFNs, but their projections are of the class {', '.join(classes)}, which "
+            "cannot be read. Load the model unquantised, or quantised by bitsandbytes or torchao."
+        )
     if not ffns:
         raise ValueError(
             f"{type(model).__name__} has no FFN of a layout that is known. If it has FFNs of its own, describe "
@@ -90,6 +97,7 @@ def plan_ffns(
     for ffn in ffns:
         if ffn.name in widths:
             _check_fusible(ffn)
+            check_can_leave(ffn, config.base_weights)
     _check_modules_to_save(model, config)
     kept = {ffn.name: ffn.width for ffn in ffns} if config.method == "svd" else {}  # merged, they are as wide as ever
     places = config_widths(model, ffns, {name: kept.get(name, width) for name, width in widths.items()})

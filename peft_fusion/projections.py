@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from .calibrate import Calibration
 from .config import FusionConfig
-from .ffn import check_finite, find_activation, projection_tensors, read_ffn
+from .ffn import blank_like, check_finite, find_activation, projection_tensors, read_ffn
 from .fusing.calibrated import fuse_calibrated
 from .fusing.methods import narrow_by
 from .fusing.rows import balance
@@ -100,7 +100,7 @@ def _projections(narrow: NarrowFFN, planned: PlannedFFN, recipe: Recipe) -> list
     scales = _scales(narrow, planned, recipe)
     made: list[NarrowProjection] = []
     for (weight, bias), scale, module in zip(tensors, scales, planned.ffn.base_projections, strict=True):
-        like = _parameter(module)
+        like = blank_like(module)
         kind = NarrowOutProjection if len(made) == len(tensors) - 1 else NarrowInProjection
         own_bias = None if bias is None else bias.to(like, copy=True)
         own_scale = None if scale is None else scale.to(like.device, torch.float32)
@@ -130,7 +130,7 @@ def _low_rank(weights: FFNWeights, planned: PlannedFFN) -> list[NarrowProjection
         tensors, planned.ffn.base_projections, planned.ffn.projection_names, strict=True
     ):
         left, right = rank_factors(weight, planned.rank(name))
-        like = _parameter(module)
+        like = blank_like(module)
         own_bias = None if bias is None else bias.to(like, copy=True)
         made.append(LowRankProjection(left.to(like).contiguous(), right.to(like).contiguous(), own_bias))
     return made
@@ -141,7 +141,7 @@ def _made_of(planned: PlannedFFN, recipe: Recipe, make: Callable[[tuple[int, ...
     shapes = planned.shapes(recipe)
     projections: list[NarrowProjection] = []
     for name, module in zip(planned.ffn.projection_names, planned.ffn.base_projections, strict=True):
-        like = _parameter(module)
+        like = blank_like(module)
         own = {
             kind: make(shapes[f"{name}.{kind}"]).to(like.device, like.dtype)
             for kind in ("weight", "weight_in", "bias")
@@ -156,9 +156,3 @@ def _made_of(planned: PlannedFFN, recipe: Recipe, make: Callable[[tuple[int, ...
         else:
             projections.append(NarrowInProjection(own["weight"], own.get("bias"), ones))
     return projections
-
-
-def _parameter(module: nn.Module) -> Tensor:
-    weight = module.weight
-    assert isinstance(weight, Tensor)
-    return weight

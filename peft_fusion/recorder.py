@@ -25,10 +25,11 @@ class Recorder:
 
     Args:
         statistics: FFN name -> what to add to.
+        decodes: whether the model is an encoder-decoder, whose decoder has a mask of its own.
     """
 
-    def __init__(self, statistics: dict[str, FFNStatistics]) -> None:
-        self.statistics = statistics
+    def __init__(self, statistics: dict[str, FFNStatistics], decodes: bool) -> None:
+        self.statistics, self._decodes = statistics, decodes
         self._masks: dict[str, Tensor | None] = {}
         self._size, self._first = 0, 0
 
@@ -53,7 +54,7 @@ class Recorder:
                 f"A calibration batch must be a mapping of tensors, as `Trainer`'s collator makes it, but got {what}."
             )
         decoder = batch.get("decoder_attention_mask")
-        if decoder is None and "labels" in batch and batch["labels"].dim() == 2:
+        if decoder is None and self._decodes and "labels" in batch:
             decoder = batch["labels"] != -100
         self._masks = {"encoder": batch.get("attention_mask"), "decoder": decoder}
         self._size, self._first = len(next(iter(batch.values()))), seen
@@ -110,11 +111,9 @@ class Recorder:
         tokens = activations.detach().reshape(-1, activations.shape[-1])
         count, device = len(tokens), tokens.device
         valid = torch.ones(count, dtype=torch.bool, device=device)
-        for side in ("decoder", "encoder") if "decoder" in name else ("encoder",):
-            mask = self._masks[side]
-            if mask is not None and mask.dim() == 2 and mask.numel() == count:
-                valid = mask.reshape(-1).to(device).bool()
-                break
+        mask = self._masks["decoder" if self._decodes and "decoder" in name.split(".") else "encoder"]
+        if mask is not None and mask.dim() == 2 and mask.numel() == count:
+            valid = mask.reshape(-1).to(device).bool()
         sequence = self._first + torch.arange(count, device=device) * self._size // max(count, 1)
         held_out = sequence % HELD_OUT == HELD_OUT - 1
         return tokens, valid & ~held_out, valid & held_out

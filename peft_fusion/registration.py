@@ -54,7 +54,7 @@ def forget_refused_adapter(model: nn.Module) -> None:
     `add_adapter` and `load_adapter` set it before they try, and would then fail on the corrected second try.
     """
     if getattr(model, "_hf_peft_config_loaded", False) and not getattr(model, "peft_config", None):
-        model._hf_peft_config_loaded = False
+        setattr(model, "_hf_peft_config_loaded", False)  # noqa: B010  (nn.Module declares attributes as modules)
 
 
 def _register_for_mixed_models() -> None:

@@ -138,7 +138,7 @@ class Unusable:
         "strings": ([{"text": ["a"] * 4}], "must be a mapping of tensors.*'text': 'list'"),
         "wrong names": ([{"pixels": torch.ones(4, 7)}], r"cannot take a calibration batch with \['pixels'\]"),
         "unknown tokens": ([{"input_ids": torch.full((4, 7), 1000)}], "cannot take a calibration batch"),
-        "all padding": ([BY_NAME["bert"].batch(size=4) | {"attention_mask": torch.zeros(4, 7)}], "No token went through"),
+        "all padding": ([{**BY_NAME["bert"].batch(size=4), "attention_mask": torch.zeros(4, 7)}], "No token went"),
     }
 
 

@@ -13,6 +13,7 @@ from test_dynamics import duplicate_neurons
 from torch import nn
 
 from peft_fusion import FusionConfig, fuse
+from peft_fusion.calibrate import calibrate
 from peft_fusion.ffn import find_ffns, read_ffn
 from peft_fusion.fidelity import fidelity
 
@@ -33,7 +34,19 @@ ALBERT = Architecture(
     classifies=True,
     task_type="SEQ_CLS",
 )
-ARCHITECTURES = [*(BY_NAME[n] for n in ("bert", "modernbert", "llama_bias", "gpt2", "opt", "t5", "phi3")), ALBERT]
+FALCON = Architecture(  # adds to an FFN's output in place
+    "falcon",
+    "FalconForCausalLM",
+    lambda: tf.FalconConfig(
+        vocab_size=99, hidden_size=32, num_hidden_layers=3, num_attention_heads=4, bos_token_id=1, eos_token_id=2
+    ),
+    width=128,
+)
+ARCHITECTURES = [
+    *(BY_NAME[n] for n in ("bert", "modernbert", "llama_bias", "gpt2", "opt", "t5", "phi3")),
+    ALBERT,
+    FALCON,
+]
 
 
 def fused_model(architecture, **config) -> nn.Module:
@@ -50,6 +63,24 @@ def batches(architecture) -> list[dict[str, torch.Tensor]]:
 
 def mean_output(output, sentence) -> torch.Tensor:
     return (output.logits**2).mean()
+
+
+def check_kernels(report, model, data) -> None:
+    """Compares a report's kernels with those of whole gradients."""
+    parameters = dict(model.named_parameters())
+    narrow = [p for name, p in parameters.items() if ".mlp_fusion_narrow." in name]
+    wide = [p for name, p in parameters.items() if ".base_layer." in name]
+    fused = whole_gradients(model, narrow, one_by_one(data))
+    with model.disable_adapter():
+        original = whole_gradients(model, wide, one_by_one(data))
+    assert fused.shape[0] == 5 and fused.shape[1] < original.shape[1]
+    for name, sign in (("sgd", lambda g: g), ("adam", torch.sign)):
+        expected = [g @ sign(g).T for g in (original, fused)]
+        for found, kernel in zip(report.kernels[name], expected, strict=True):
+            torch.testing.assert_close(found, kernel, rtol=1e-5, atol=1e-5 * float(kernel.abs().max()))
+        error = getattr(report.ntk, name)
+        difference = (expected[1] - expected[0]).norm() / expected[0].norm()
+        assert error.relative == pytest.approx(float(difference), rel=1e-5)
 
 
 def whole_gradients(model, parameters, sentences) -> torch.Tensor:
@@ -71,21 +102,26 @@ def one_by_one(batch_list):
 @pytest.mark.parametrize("memory", [2**28, 1])
 def test_kernels_are_those_of_whole_gradients(architecture, memory):
     model, data = fused_model(architecture), batches(architecture)
-    report = fidelity(model, data, function=mean_output, memory=memory)
-    parameters = dict(model.named_parameters())
-    narrow = [p for name, p in parameters.items() if ".mlp_fusion_narrow." in name]
-    wide = [p for name, p in parameters.items() if ".base_layer." in name]
-    fused = whole_gradients(model, narrow, one_by_one(data))
-    with model.disable_adapter():
-        original = whole_gradients(model, wide, one_by_one(data))
-    assert fused.shape[0] == 5 and fused.shape[1] < original.shape[1]
-    for name, sign in (("sgd", lambda g: g), ("adam", torch.sign)):
-        expected = [g @ sign(g).T for g in (original, fused)]
-        for found, kernel in zip(report.kernels[name], expected, strict=True):
-            torch.testing.assert_close(found, kernel, rtol=1e-5, atol=1e-5 * float(kernel.abs().max()))
-        error = getattr(report.ntk, name)
-        difference = (expected[1] - expected[0]).norm() / expected[0].norm()
-        assert error.relative == pytest.approx(float(difference), rel=1e-5)
+    check_kernels(fidelity(model, data, function=mean_output, memory=memory), model, data)
+
+
+@pytest.mark.parametrize("name", ["bert", "gpt2", "phi3", "t5_gated"])
+def test_kernels_of_low_rank_projections(name):
+    model, data = fused_model(BY_NAME[name], method="svd"), batches(BY_NAME[name])
+    report = fidelity(model, data, function=mean_output)
+    check_kernels(report, model, data)
+    assert {ffn.narrow_width for ffn in report.ffns} == {BY_NAME[name].width}
+
+
+@pytest.mark.parametrize("name", ["bert", "gpt2", "phi3", "t5_gated"])
+def test_kernels_of_projections_with_scales_on_both_sides(name):
+    model, data = BY_NAME[name].make().double(), batches(BY_NAME[name])
+    config = FusionConfig(ratio=0.25, scale="ntk")
+    calibrate(model, config, data)
+    model = get_peft_model(model, config, autocast_adapter_dtype=False)
+    scales = {key.split(".")[-1] for key, _ in model.named_buffers() if "narrow" in key}
+    assert scales == {"scale"} and any(not torch.all(s == 1) for key, s in model.named_buffers() if "narrow" in key)
+    check_kernels(fidelity(model, data, function=mean_output), model, data)
 
 
 @pytest.mark.parametrize("name", ["bert", "gpt2", "t5_gated"])
@@ -144,7 +180,8 @@ def test_ffns_are_given_the_originals_inputs_whatever_else_was_trained():
     architecture = BY_NAME["bert"]
     model, data = fused_model(architecture), batches(architecture)
     expected = [ffn.output for ffn in fidelity(model, data).ffns]
-    model.base_model.model.bert.embeddings.word_embeddings.weight.data.add_(0.3)
+    embedding = model.base_model.model.bert.embeddings.word_embeddings.weight
+    embedding.data.copy_(embedding.flip(0))
     trained = fidelity(model, data, reference=architecture.make().double())
     assert [ffn.output for ffn in trained.ffns] == expected
     assert [ffn.output for ffn in fidelity(model, data).ffns] != expected
@@ -197,15 +234,18 @@ def test_padding_counts_nowhere(name):
 @pytest.mark.parametrize("name", ["bert", "llama"])
 def test_duplicates_have_the_originals_adam_kernel_if_the_scale_stands_alone(name):
     errors = {}
-    for scale in ("counts", "none"):
+    for method, scale in (("fusion", "counts"), ("fusion", "none"), ("clustering", "auto")):
         model = BY_NAME[name].make(intermediate_size=60).double()
         duplicate_neurons(model, distinct=20)
-        config = FusionConfig(intermediate_size=20, scale=scale)
-        errors[scale] = fidelity(get_peft_model(model, config, autocast_adapter_dtype=False), batches(BY_NAME[name]))
-    for ffn in errors["counts"].ffns:
+        config = FusionConfig(intermediate_size=20, method=method, scale=scale)
+        model = get_peft_model(model, config, autocast_adapter_dtype=False)
+        errors[method, scale] = fidelity(model, batches(BY_NAME[name]))
+    whole = errors["fusion", "counts"]
+    for ffn in whole.ffns:
         assert ffn.output.relative < 1e-6 and ffn.ntk.adam.relative < 1e-6 and ffn.ntk.sgd.relative > 0.1
-    assert errors["counts"].ntk.adam.relative < 1e-6 and abs(errors["counts"].ntk.adam.factor - 1) < 1e-6
-    assert errors["none"].ntk.adam.relative > 0.1 and errors["none"].outputs.relative < 1e-6
+    assert whole.ntk.adam.relative < 1e-6 and abs(whole.ntk.adam.factor - 1) < 1e-6
+    folded, clustering = errors["fusion", "none"], errors["clustering", "auto"]
+    assert folded.outputs.relative < 1e-6 < 0.1 < min(folded.ntk.adam.relative, clustering.ntk.adam.relative)
 
 
 def test_full_width_has_no_error():
@@ -213,14 +253,16 @@ def test_full_width_has_no_error():
     assert report.outputs.absolute < 1e-10 and report.ntk.sgd.relative < 1e-10 and report.ntk.adam.relative < 1e-6
 
 
-def test_a_plain_narrow_model_has_the_figures_of_its_adapter():
-    architecture = BY_NAME["bert"]
+@pytest.mark.parametrize("name", ["bert", "gpt2"])
+def test_a_plain_narrow_model_has_the_figures_of_its_adapter(name):
+    architecture = BY_NAME[name]
     adapter = fidelity(fused_model(architecture, scale="none"), batches(architecture))
     original = architecture.make().double()
     narrow = fuse(copy.deepcopy(original), FusionConfig(ratio=0.25, scale="none"))
     plain = fidelity(narrow, batches(architecture), reference=original)
-    assert [ffn.narrow_width for ffn in plain.ffns] == [16, 16, 16]
-    assert str(plain) == str(adapter) and plain.ntk == adapter.ntk and plain.parameters == adapter.parameters
+    assert [ffn.narrow_width for ffn in plain.ffns] == [architecture.width // 4] * 3
+    assert str(plain) == str(adapter) and plain.parameters == adapter.parameters
+    assert plain.ntk.adam.relative == pytest.approx(adapter.ntk.adam.relative)
     other = fidelity(fused_model(architecture), batches(architecture), reference=original)
     assert other.ntk == fidelity(fused_model(architecture), batches(architecture)).ntk
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from peft import get_peft_model
 from torch import nn
 
 from peft_fusion import FusionConfig, fuse
-from peft_fusion.fidelity import KernelError, fidelity
+from peft_fusion.fidelity import KernelError, OutputError, fidelity
 from peft_fusion.fidelity.pair import fusion_layers
 
 BERT = BY_NAME["bert"]
@@ -109,6 +110,16 @@ def test_originals_that_are_set_aside(base_weights, report):
     assert all(layer.original_layer.weight.numel() == 0 for layer in fusion_layers(model))
 
 
+def test_labels_are_not_needed_and_not_used(report):
+    batch = {**BERT.batch(), "labels": torch.full((3,), 99)}  # no such class: a loss would raise
+    assert fidelity(fused_model(), [batch]).ntk == report.ntk
+
+
+def test_an_encoder_decoder_makes_its_inputs_from_labels():
+    model = get_peft_model(BY_NAME["t5"].make(), FusionConfig())
+    assert fidelity(model, [BY_NAME["t5"].batch(labels=True)]).outputs.relative > 0.01
+
+
 @pytest.mark.parametrize("data", [[], iter([])])
 def test_refuses_a_dataloader_that_yields_nothing(data):
     with pytest.raises(ValueError, match="yields no batch"):
@@ -171,6 +182,10 @@ def test_json_has_every_figure_and_is_strict(report, tmp_path):
     assert read["ntk"]["adam"]["relative"] == report.ntk.adam.relative
     cosine = report.ffns[2].matrices["output.dense"].sgd.cosine
     assert read["ffns"][2]["matrices"]["output.dense"]["sgd"]["cosine"] == cosine
+    unknown = replace(report, hidden_states=OutputError(float("nan"), float("inf")))  # a model that has none
+    unknown.to_json(tmp_path / "unknown.json")
+    read = json.loads((tmp_path / "unknown.json").read_text(), parse_constant=pytest.fail)
+    assert read["hidden_states"] == {"absolute": None, "relative": None} and "nan" in str(unknown)
     assert read["parameters"] == list(report.parameters) and "kernels" not in read
 
 

@@ -1,10 +1,11 @@
 """What an FFN is: layouts as data, finding and selecting FFNs, reading and writing their weights."""
 
-from .find import FFN, across_neurons, base_of, features, find_ffns
+from .find import FFN, across_neurons, base_of, features, find_ffns, unreadable_projections
 from .layouts import LAYOUTS, FFNLayout, register_layout
 from .originals import bring_back, require_originals, take_away
 from .run import find_activation, run_ffn
 from .select import Selection, select_ffns, target_widths
+from .storage import blank_like, check_can_leave, is_quantised
 from .weights import check_finite, projection_tensors, read_ffn
 from .width import ConfigWidth, config_widths
 
@@ -17,11 +18,14 @@ __all__ = [
     "across_neurons",
     "base_of",
     "bring_back",
+    "check_can_leave",
     "check_finite",
     "config_widths",
     "features",
     "find_activation",
     "find_ffns",
+    "is_quantised",
+    "blank_like",
     "projection_tensors",
     "read_ffn",
     "register_layout",
@@ -30,4 +34,5 @@ __all__ = [
     "select_ffns",
     "take_away",
     "target_widths",
+    "unreadable_projections",
 ]

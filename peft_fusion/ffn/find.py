@@ -102,6 +102,18 @@ def find_ffns(model: nn.Module) -> list[FFN]:
     return found
 
 
+def unreadable_projections(model: nn.Module) -> list[str]:
+    """The classes of modules that are named like an FFN's projections but are no linear modules that can be read."""
+    found = set()
+    for module in model.modules():
+        for layout in LAYOUTS:
+            projections = [_attribute(module, path) for path in (*layout.in_projections, layout.out_projection)]
+            modules = [projection for projection in projections if isinstance(projection, nn.Module)]
+            if len(modules) == len(projections):
+                found |= {type(base_of(m)).__name__ for m in modules if not is_projection(m)}
+    return sorted(found)
+
+
 def across_neurons(ffn: FFN) -> str | None:
     """The name of what computes across this FFN's neurons, or None if nothing does."""
     for name in ffn.layout.across_neurons:

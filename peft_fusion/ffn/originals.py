@@ -10,6 +10,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from .storage import dense_parameter
+
 _AWAY = "_mlp_fusion_originals"  # on the module: name -> tensor in CPU memory, or an empty dict once dropped
 
 
@@ -66,14 +68,16 @@ def is_dropped(module: nn.Module) -> bool:
 
 
 def original_parameter(module: nn.Module, name: str) -> Tensor | None:
-    """A projection's original parameter, wherever it is; None if it never had one of that name.
+    """A projection's original parameter, wherever and however it is stored; None if it never had one of that name.
 
     Raises:
         RuntimeError: if it was dropped.
     """
     require_originals(module)
-    tensor = getattr(module, _AWAY, {}).get(name, getattr(module, name, None))
-    return None if tensor is None else tensor.detach()
+    if is_away(module):
+        tensor: Tensor | None = getattr(module, _AWAY).get(name)
+        return tensor
+    return dense_parameter(module, name)
 
 
 def _set(module: nn.Module, name: str, tensor: Tensor) -> None:

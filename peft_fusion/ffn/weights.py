@@ -19,11 +19,11 @@ def read_ffn(ffn: FFN) -> FFNWeights:
         ffn: an FFN whose projections hold floating-point weights.
 
     Returns:
-        Views of the model's own weights, detached; nothing is copied.
+        Views of the model's own weights, detached; nothing is copied but what is dequantised or gathered.
 
     Raises:
         ValueError: if a projection's weight is not a floating-point matrix of the declared shape (quantised,
-            on the meta device or partitioned).
+            by a method that is not known, or on the meta device).
     """
     matrices = [_matrix(module, name) for module, name in zip(ffn.base_projections, ffn.projection_names, strict=True)]
     biases = [_bias(module) for module in ffn.base_projections]
@@ -74,12 +74,13 @@ def check_finite(weights: FFNWeights, ffn: FFN) -> None:
 def _matrix(module: nn.Module, name: str) -> Tensor:
     """The weight of a linear module as (out_features, in_features)."""
     weight = original_parameter(module, "weight")
-    if not isinstance(weight, Tensor) or weight.is_meta or not weight.is_floating_point() or weight.dim() != 2:
+    readable = isinstance(weight, Tensor) and not weight.is_meta and weight.is_floating_point() and weight.dim() == 2
+    if weight is None or not readable or weight.element_size() < 2:  # 8-bit floats have scales of their own
         shape = tuple(getattr(weight, "shape", ()))
         raise ValueError(
             f"`{name}.weight` ({type(module).__name__}, {getattr(weight, 'dtype', None)}, shape {shape}, device "
             f"{getattr(weight, 'device', None)}) cannot be read as a floating-point matrix. Load the model "
-            "unquantised and with its weights in memory before fusing."
+            "with its weights in memory, and unquantised or quantised by bitsandbytes or torchao, before fusing."
         )
     return weight.T if isinstance(module, Conv1D) else weight
 

@@ -11,10 +11,13 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from ..ffn import FFN
+from ..layer import FusionLayer
+from ..narrow import NarrowOutProjection
 from ..progress import progress
-from .ntk import Function, Kernels, linear_modules, tangent_kernels
+from .ntk import Function, Kernels, tangent_kernels
 from .outputs import OutputErrors, main_output, padding_mask
-from .pair import Batch, Side, pair
+from .pair import Batch, Side, active_narrow, linear_modules, pair
 from .report import FFNFidelity, Fidelity, KernelError, NTKError, OutputError
 
 __all__ = ["FFNFidelity", "Fidelity", "KernelError", "NTKError", "OutputError", "fidelity"]
@@ -94,7 +97,6 @@ def fidelity(
 
 def _batches(dataloader: Iterable[Any], limit: int | None, side: Side) -> Iterator[Batch]:
     """The batches without labels, unless an encoder-decoder makes its inputs from them."""
-    decodes = getattr(getattr(side.model, "config", None), "is_encoder_decoder", False)
     for index, batch in enumerate(dataloader):
         if index == limit:
             return
@@ -103,7 +105,7 @@ def _batches(dataloader: Iterable[Any], limit: int | None, side: Side) -> Iterat
                 "A batch must be a mapping of argument names to tensors, as a data collator makes it, but the "
                 f"dataloader yields {type(batch).__name__}."
             )
-        keep_labels = decodes and "decoder_input_ids" not in batch
+        keep_labels = side.decodes and "decoder_input_ids" not in batch
         yield {key: value for key, value in batch.items() if key != "labels" or keep_labels}
 
 
@@ -119,7 +121,6 @@ def _single_sentences(batch: Batch) -> Iterator[Batch]:
 
 def _random_projection(side: Side, seed: int) -> Function:
     """The default f; see `fidelity`."""
-    decodes = bool(getattr(getattr(side.model, "config", None), "is_encoder_decoder", False))
 
     def function(output: Any, sentence: Batch) -> Tensor:
         value = main_output(output)
@@ -130,23 +131,23 @@ def _random_projection(side: Side, seed: int) -> Function:
         if getattr(output, "logits", None) is not None and dim > 1:
             direction -= direction.mean()
         projected = value @ (direction / direction.norm()).to(value)
-        mask = padding_mask(sentence, value.shape, decodes)
+        mask = padding_mask(sentence, value.shape, side.decodes)
         return projected.mean() if mask is None else projected[mask.to(projected.device)].mean()
 
     return function
 
 
-def _ffn_fidelity(original: Any, fused: Any, errors: OutputErrors, before: Any, after: Any) -> FFNFidelity:
+def _ffn_fidelity(original: FFN, fused: FFN, errors: OutputErrors, before: Any, after: Any) -> FFNFidelity:
     """The figures of one FFN."""
     paths = [path for name, path in after if name == fused.name]
     pairs = {path: (before[original.name, path], after[fused.name, path]) for path in paths}
     totals: Sequence[Kernels] = [sum(side[1:], side[0]) for side in zip(*pairs.values(), strict=True)]
-    weight = getattr(linear_modules(fused.projections[-1], True)[-1], "weight", None)
-    narrow = fused.width if weight is None else int(weight.shape[-1])
+    out = fused.projections[-1]
+    narrow = active_narrow(out) if isinstance(out, FusionLayer) else None
     return FFNFidelity(
         name=fused.name,
         width=original.width,
-        narrow_width=narrow,
+        narrow_width=narrow.weight.shape[1] if isinstance(narrow, NarrowOutProjection) else fused.width,
         output=errors.ffns[fused.name].error(),
         ntk=_ntk_error(*totals),
         matrices={path: _ntk_error(*kernels) for path, kernels in pairs.items()},
@@ -176,5 +177,5 @@ def _flops(side: Side, batch: Batch) -> float:
     mask = batch.get("attention_mask")
     tokens = mask.numel() if isinstance(mask, Tensor) else next(iter(batch.values())).shape[:2].numel()
     with side.running(), torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-        side(batch)
+        side(batch, hidden_states=False)
     return counter.get_total_flops() / tokens

@@ -17,13 +17,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
 
 from ..ffn import FFN
-from ..layer import FusionLayer
-from ..narrow import NarrowInProjection, NarrowOutProjection, NarrowProjection
+from ..narrow import LowRankProjection, NarrowInProjection, NarrowOutProjection
 from ..progress import progress
-from .pair import Batch, Side, active_narrow
+from .pair import Batch, Side, linear_modules
 
 ROWS_MEMORY = 2**26
 """Bytes of gradients that are formed at a time."""
@@ -84,14 +82,6 @@ def tangent_kernels(
     return kernels
 
 
-def linear_modules(projection: nn.Module, fused: bool) -> list[nn.Module]:
-    """The modules that hold a projection's weights: the original's or, for a fused one, the narrow ones."""
-    if isinstance(projection, FusionLayer):
-        narrow = active_narrow(projection) if fused else None
-        projection = narrow if narrow is not None else projection.base_layer
-    return [module for module in projection.modules() if isinstance(module, (nn.Linear, Conv1D, NarrowProjection))]
-
-
 def _passes(side: Side, sentences: Sequence[Batch], function: Function, memory: int) -> list[list[FFN]]:
     """The FFNs in groups whose activations fit the memory, judged by what the first sentence needs."""
     first = _token_gradients(side, side.ffns, sentences[0], function)
@@ -119,20 +109,20 @@ def _positions(sentence: Batch) -> int:
 
 
 def _token_gradients(side: Side, ffns: list[FFN], sentence: Batch, function: Function) -> dict[nn.Module, Token]:
-    """For each linear module that f depends on, what its weights see: inputs (t, in) and gradients (t, out).
+    """For each linear module that f depends on, what goes in (t, in) and the gradient of what comes out (t, out).
 
     Tokens without a gradient, padding above all, are left out: they add nothing.
     """
     modules = {linear for ffn in ffns for p in ffn.projections for linear in linear_modules(p, side.fused)}
     calls: list[tuple[nn.Module, Tensor, Tensor]] = []
     with torch.enable_grad(), _recording(modules, calls):
-        value = function(side(sentence), sentence).sum()
+        value = function(side(sentence, hidden_states=False), sentence).sum()
         gradients = torch.autograd.grad(value, [output for _, _, output in calls], allow_unused=True)
     found: dict[nn.Module, list[Token]] = {}
     for (module, x, _), gradient in zip(calls, gradients, strict=True):
         if gradient is None:
             continue
-        x, gradient = _as_weights_see_them(module, x.detach().flatten(0, -2), gradient.flatten(0, -2))
+        x, gradient = x.detach().flatten(0, -2), gradient.flatten(0, -2)
         acts = (gradient != 0).any(1)
         found.setdefault(module, []).append((x[acts], gradient[acts]))
     return {
@@ -160,23 +150,39 @@ def _recording(modules: set[nn.Module], calls: list[tuple[nn.Module, Tensor, Ten
             handle.remove()
 
 
-def _as_weights_see_them(module: nn.Module, x: Tensor, gradient: Tensor) -> Token:
-    """The scale of a narrow projection stands between its weights and what goes in or comes out."""
-    if isinstance(module, NarrowProjection) and module.scale is not None:
-        if isinstance(module, NarrowOutProjection):
-            x = (x * module.scale).to(x.dtype)
-        elif isinstance(module, NarrowInProjection):
-            gradient = (gradient * module.scale).to(gradient.dtype)
-    return x, gradient
-
-
 def _kernels_of(module: nn.Module, kept: Sequence[dict[nn.Module, Token]]) -> Kernels:
-    """One linear module's kernels, a few rows of its weights at a time."""
-    n = len(kept)
+    """One linear module's kernels."""
+    seen = {i: _as_weights_see_them(module, *one[module]) for i, one in enumerate(kept) if module in one}
+    kernels = Kernels(*torch.zeros(2, len(kept), len(kept), dtype=torch.float64))
+    for weight in range(len(next(iter(seen.values()), ()))):
+        kernels += _products({i: tokens[weight] for i, tokens in seen.items()}, len(kept))
+    return kernels
+
+
+def _as_weights_see_them(module: nn.Module, x: Tensor, gradient: Tensor) -> list[Token]:
+    """What goes into each of a module's weights, and the gradient of what comes out of it, in float32 at least.
+
+    A bias is a weight whose input is 1. A scale stands between a narrow projection's weight and what goes in or comes
+    out; a low-rank projection has two weights, one behind the other.
+    """
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    x, gradient = x.to(dtype), gradient.to(dtype)
+    further: list[Token] = []
+    if isinstance(module, LowRankProjection):
+        further = [(x, gradient @ module.weight.to(dtype))]
+        x = x @ module.weight_in.to(dtype).T
+    elif isinstance(module, NarrowOutProjection) and module.scale is not None:
+        x = x * module.scale.to(dtype)
+    elif isinstance(module, NarrowInProjection) and module.scale is not None:
+        gradient = gradient * module.scale.to(dtype)
+    if getattr(module, "bias", None) is not None:
+        x = torch.cat([x, x.new_ones(len(x), 1)], dim=1)
+    return [(x, gradient), *further]
+
+
+def _products(tokens: dict[int, Token], n: int) -> Kernels:
+    """The kernels of one weight over n sentences, a few of its rows at a time."""
     adam, sgd = torch.zeros(2, n, n, dtype=torch.float64)
-    tokens = {i: _with_ones(*one[module], module) for i, one in enumerate(kept) if module in one}
-    if not tokens:
-        return Kernels(adam, sgd)
     x, gradient = next(iter(tokens.values()))
     rows = max(1, ROWS_MEMORY // (2 * n * x.shape[1] * x.element_size()))  # 2: the gradients and their signs
     for start in range(0, gradient.shape[1], rows):
@@ -188,12 +194,3 @@ def _kernels_of(module: nn.Module, kept: Sequence[dict[nn.Module, Token]]) -> Ke
         sgd += (flat @ flat.T).cpu()
         adam += (flat @ flat.sign().T).cpu()
     return Kernels(adam, sgd)
-
-
-def _with_ones(x: Tensor, gradient: Tensor, module: nn.Module) -> Token:
-    """In float32 at least; a bias is a weight whose input is 1."""
-    dtype = torch.promote_types(x.dtype, torch.float32)
-    x, gradient = x.to(dtype), gradient.to(dtype)
-    if getattr(module, "bias", None) is not None:
-        x = torch.cat([x, x.new_ones(len(x), 1)], dim=1)
-    return x, gradient

@@ -75,17 +75,16 @@ class OutputErrors:
             with ExitStack() as stack:
                 for ffn in self.fused.ffns:
                     stack.enter_context(self._following(ffn, recorded[ffn.name], batch))
-                self.fused(batch)
-        decodes = _decodes(self.fused.model)
+                self.fused(batch, hidden_states=False)
         for mean, ours, theirs in zip((self.hidden_states, self.outputs), found, expected, strict=True):
             if ours is not None and theirs is not None:
-                mean.add(ours, theirs, padding_mask(batch, ours.shape, decodes))
+                mean.add(ours, theirs, padding_mask(batch, ours.shape, self.fused.decodes))
 
     @contextmanager
     def _following(self, ffn: FFN, recorded: list[tuple[Tensor, Tensor]], batch: Batch) -> Iterator[None]:
         """Feeds an FFN the original's inputs, measures its outputs, and passes the original's outputs on."""
         *ins, out = ffn.projections
-        decodes = _decodes(self.fused.model) and "decoder" in ffn.name.split(".")
+        decodes = self.fused.decodes and "decoder" in ffn.name.split(".")
         queues = {module: iter(recorded) for module in (*ins, out)}
 
         def feed(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
@@ -133,16 +132,16 @@ def _outputs(side: Side, batch: Batch) -> tuple[Tensor | None, Tensor | None]:
     """The hidden states behind the last layer (an encoder-decoder's decoder), and what the model is there for."""
     model: Any = side.model
     backbone = getattr(model, "base_model", model)
-    if backbone is model and _decodes(model) and hasattr(model, "get_decoder"):
+    if backbone is model and side.decodes and hasattr(model, "get_decoder"):
         backbone = model.get_decoder()
     hidden: list[Tensor | None] = [None]
 
     def note(module: nn.Module, args: Any, output: Any) -> None:
         hidden[0] = getattr(output, "last_hidden_state", None)
 
-    handle = backbone.register_forward_hook(note)  # `output_hidden_states` would leave hooks of its own behind
+    handle = backbone.register_forward_hook(note)
     try:
-        output = main_output(side(batch))
+        output = main_output(side(batch, hidden_states=False))
         return hidden[0], output
     finally:
         handle.remove()
@@ -178,8 +177,3 @@ def padding_mask(batch: Batch, shape: torch.Size, decoder: bool) -> Tensor | Non
     if shape[:-1] == mask.shape:
         return mask.bool()
     return mask.bool().flatten() if shape[:-1] == mask.flatten().shape else None
-
-
-def _decodes(model: nn.Module) -> bool:
-    """Whether a model is an encoder-decoder."""
-    return bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))

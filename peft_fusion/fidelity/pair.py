@@ -13,9 +13,12 @@ from accelerate.utils import extract_model_from_parallel
 from peft import PeftMixedModel, PeftModel
 from peft.tuners.tuners_utils import BaseTuner
 from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from ..ffn import FFN, find_ffns
 from ..layer import FusionLayer
+from ..narrow import NarrowProjection
 
 Batch = Mapping[str, Any]
 
@@ -39,34 +42,45 @@ class Side:
         """Where its inputs belong."""
         return next(self.model.parameters()).device
 
+    @property
+    def decodes(self) -> bool:
+        """Whether it is an encoder-decoder."""
+        return bool(getattr(getattr(self.model, "config", None), "is_encoder_decoder", False))
+
     @contextmanager
     def running(self) -> Iterator[None]:
         """In eval mode, nothing requiring a gradient, its FFNs shown; all is as it was afterwards."""
         training = {module: module.training for module in self.model.modules()}
         trainable = {name: parameter.requires_grad for name, parameter in self.model.named_parameters()}
-        adapters = {layer: (layer.disable_adapters, layer.active_adapter) for layer in fusion_layers(self.model)}
+        disabled = {layer: layer.disable_adapters for layer in fusion_layers(self.model)}
         try:
-            for layer in adapters:
+            for layer in disabled:
                 layer.enable_adapters(self.fused)
             self.model.eval().requires_grad_(False)
             yield
         finally:
-            for layer, (disabled, active) in adapters.items():
-                layer.enable_adapters(not disabled)
-                layer._active_adapter = active  # PEFT turns a name into a list of one
+            for layer, was in disabled.items():
+                layer.enable_adapters(not was)
             for name, parameter in self.model.named_parameters():  # offloaded ones are new objects by now
                 parameter.requires_grad_(trainable[name])
             for module, mode in training.items():
                 module.training = mode
 
-    def __call__(self, batch: Batch) -> Any:
+    def __call__(self, batch: Batch, hidden_states: bool = True) -> Any:
         """The model's output.
+
+        Args:
+            batch: the model's inputs.
+            hidden_states: whether to ask a transformers model for those of every layer. It does that by hooks, which
+                it keeps.
 
         Raises:
             ValueError: if the batch is not what the model takes.
         """
         accepted = inspect.signature(self.model.forward).parameters
         extra = {"use_cache": False} if "use_cache" in accepted else {}
+        if hidden_states and isinstance(self.model, PreTrainedModel):
+            extra["output_hidden_states"] = True
         inputs = {key: v.to(self.device) if isinstance(v, Tensor) else v for key, v in batch.items()}
         try:
             return self.model(**inputs, **extra)
@@ -86,6 +100,14 @@ def active_narrow(layer: FusionLayer) -> nn.Module | None:
     """The narrow projection that a layer shows, or None if none of its adapters is active."""
     active: Any = layer.active_adapters
     return next((layer.mlp_fusion_narrow[name] for name in active if name in layer.mlp_fusion_narrow), None)
+
+
+def linear_modules(projection: nn.Module, fused: bool) -> list[nn.Module]:
+    """The modules that hold a projection's weights: the original's or, for a fused one, the narrow ones."""
+    if isinstance(projection, FusionLayer):
+        narrow = active_narrow(projection) if fused else None
+        projection = narrow if narrow is not None else projection.base_layer
+    return [module for module in projection.modules() if isinstance(module, (nn.Linear, Conv1D, NarrowProjection))]
 
 
 def pair(model: nn.Module, reference: nn.Module | None) -> tuple[Side, Side]:

@@ -69,7 +69,7 @@ class FFNFidelity:
     Args:
         name: its name in the model.
         width: its neurons in the original.
-        narrow_width: its neurons now.
+        narrow_width: its neurons now (all of them where its matrices are of low rank).
         output: the error of its output, given the original's inputs.
         ntk: over its weights and biases.
         matrices: over those of one projection; path -> errors.
@@ -170,11 +170,11 @@ class Fidelity:
     def _plot_ffns(self, axis: Any) -> None:
         """The relative errors, FFN by FFN."""
         places = range(len(self.ffns))
-        axis.plot(places, [ffn.output.relative for ffn in self.ffns], "o-", label="output")
-        axis.plot(places, [ffn.ntk.adam.relative for ffn in self.ffns], "s-", label="Adam NTK")
-        axis.plot(places, [ffn.ntk.adam.fitted for ffn in self.ffns], "s:", label="Adam NTK, best factor")
-        axis.plot(places, [ffn.ntk.sgd.relative for ffn in self.ffns], "^-", label="SGD NTK")
-        axis.set(xlabel="FFN", ylabel="relative error", title="Error of each FFN", ylim=(0, None))
+        axis.plot(places, [ffn.output.relative for ffn in self.ffns], "o-C0", label="output")
+        axis.plot(places, [ffn.ntk.adam.relative for ffn in self.ffns], "s-C1", label="Adam NTK")
+        axis.plot(places, [ffn.ntk.adam.fitted for ffn in self.ffns], "s:C1", label="Adam NTK, best factor")
+        axis.plot(places, [ffn.ntk.sgd.relative for ffn in self.ffns], "^-C2", label="SGD NTK")
+        axis.set(xlabel="FFN", ylabel="relative error", title="Error of each FFN", yscale="log")
         axis.legend()
 
 

@@ -29,18 +29,19 @@ def balancing_factors(weights: FFNWeights, degree: int | None = None) -> Tensor 
     if not weights.gated and degree is None:
         return None
     index, power = (1, 1) if weights.gated else (0, degree or 1)
-    norm_in = weights.in_weights[index].float().square().sum(1)
+    dtype = torch.promote_types(weights.out_weight.dtype, torch.float32)
+    norm_in = weights.in_weights[index].to(dtype).square().sum(1)
     bias = weights.in_biases[index]
     if bias is not None:
-        norm_in = norm_in + bias.float().square()
-    norm_in, norm_out = norm_in.double().sqrt(), weights.out_weight.float().norm(dim=1).double()
+        norm_in = norm_in + bias.to(dtype).square()
+    norm_in, norm_out = norm_in.double().sqrt(), weights.out_weight.to(dtype).norm(dim=1).double()
     factor = (norm_out / norm_in) ** (1 / (1 + power))
     factor = torch.where((norm_in > 0) & (norm_out > 0), factor, torch.ones_like(factor))
     if weights.gated:
         up = weights.in_weights[index]
         largest = up.gather(1, up.abs().argmax(1, keepdim=True)).squeeze(1)
         factor = torch.where(largest < 0, -factor, factor)
-    return factor.to(torch.promote_types(weights.out_weight.dtype, torch.float32))
+    return factor.to(dtype)
 
 
 def rescale(weights: FFNWeights, factor: Tensor, degree: int = 1) -> FFNWeights:

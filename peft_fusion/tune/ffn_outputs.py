@@ -52,7 +52,9 @@ def _collect_inputs(side: Side, dataloader: Iterable[Batch], tokens: int) -> dic
     with ExitStack() as stack, torch.no_grad():
         current: dict[str, Any] = {}
         for ffn in side.ffns:
-            handle = ffn.projections[0].register_forward_pre_hook(_keeper(ffn, kept[ffn.name], current))
+            handle = ffn.projections[0].register_forward_pre_hook(
+                _keeper(kept[ffn.name], current, side.decodes and "decoder" in ffn.name.split("."))
+            )
             stack.callback(handle.remove)
         for batch in dataloader:
             current.clear()
@@ -67,15 +69,14 @@ def _collect_inputs(side: Side, dataloader: Iterable[Batch], tokens: int) -> dic
 
 def _needs_labels(side: Side, batch: Batch) -> bool:
     """Whether an encoder-decoder makes its decoder's inputs from the labels."""
-    decodes = getattr(getattr(side.model, "config", None), "is_encoder_decoder", False)
-    return bool(decodes) and "decoder_input_ids" not in batch
+    return side.decodes and "decoder_input_ids" not in batch
 
 
-def _keeper(ffn: FFN, kept: list[Tensor], batch: Batch) -> Callable[[nn.Module, tuple[Any, ...]], None]:
+def _keeper(kept: list[Tensor], batch: Batch, decoder: bool) -> Callable[[nn.Module, tuple[Any, ...]], None]:
     """A hook that keeps an FFN's inputs."""
 
     def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
-        mask = padding_mask(batch, args[0].shape, "decoder" in ffn.name.split("."))
+        mask = padding_mask(batch, args[0].shape, decoder)
         kept.append(args[0].flatten(0, -2) if mask is None else args[0][mask.to(args[0].device)])
 
     return hook

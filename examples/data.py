@@ -1,0 +1,133 @@
+"""The examples' data: a real labelled text task and running text, from pip packages, files or the Hub.
+
+Labelled tasks (`load_text_classification`):
+    papers    sentence of a scientific paper -> challenge, approach, outcome or none (default; from pip)
+    wordnet   gloss of a noun -> its lexicographer class, 26 classes (from Debian, or a `data.noun`)
+    any Hub id ("owner/name" or "owner/name:config") or local path of the `datasets` library
+"""
+
+from __future__ import annotations
+
+import random
+from collections import Counter
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import hub
+import papers
+from packages import InputError
+
+WORDNET_NOUNS = Path("/usr/share/wordnet/data.noun")
+# A text, and None or the second text of a pair; the index of its label
+Example = tuple[str, "str | None", int]
+
+
+@dataclass(frozen=True)
+class TextClassification:
+    """A labelled text task with a fixed split into training and test examples."""
+
+    name: str
+    labels: list[str]
+    train: list[Example]
+    test: list[Example]
+
+    def sample(self, train: int | None, test: int | None, seed: int = 0) -> TextClassification:
+        """The same task with at most that many examples, drawn at random; None keeps all."""
+        return replace(self, train=draw(self.train, train, seed), test=draw(self.test, test, seed))
+
+    def majority(self) -> float:
+        """Test accuracy of always answering the most frequent training label."""
+        most_common = Counter(label for *_, label in self.train).most_common(1)[0][0]
+        return sum(label == most_common for *_, label in self.test) / len(self.test)
+
+
+def load_text_classification(name: str = "papers") -> TextClassification:
+    """A labelled text task by name.
+
+    Args:
+        name: "papers", "wordnet", the path of a `data.noun`, or a Hub id or local path for `datasets`.
+
+    Raises:
+        InputError: no such data set, its files are missing, or its text or label column cannot be told.
+    """
+    if name == "papers":
+        return from_pairs(name, papers.role_task("train"), papers.role_task("test"))
+    if name == "wordnet" or Path(name).name == "data.noun":
+        return _wordnet(WORDNET_NOUNS if name == "wordnet" else Path(name))
+    return from_columns(name, hub.load(name))
+
+
+def from_pairs(name: str, train: list[tuple[str, str]], test: list[tuple[str, str]]) -> TextClassification:
+    """A task from (text, label name) pairs; labels are those of `train`, sorted."""
+    labels = sorted({label for _, label in train})
+    index = {label: i for i, label in enumerate(labels)}
+
+    def examples(pairs: list[tuple[str, str]]) -> list[Example]:
+        return [(text, None, index[label]) for text, label in pairs if label in index]
+
+    return TextClassification(name, labels, examples(train), examples(test))
+
+
+def from_columns(name: str, splits: Any) -> TextClassification:
+    """A task from a `DatasetDict`: columns by type and usual name, the test set by usual split name."""
+    train, test = hub.train_and_test(name, splits)
+    texts, label = hub.text_columns(name, train.features), hub.label_column(name, train.features)
+    names = getattr(train.features[label], "names", None)  # a ClassLabel column holds indices into its names
+    values = range(len(names)) if names else sorted(set(train[label]), key=str)
+    index = {value: i for i, value in enumerate(values)}
+
+    def examples(split: Any) -> list[Example]:
+        seconds = split[texts[1]] if len(texts) == 2 else [None] * len(split)
+        rows = zip(split[texts[0]], seconds, split[label], strict=True)
+        return [(text, pair, index[value]) for text, pair, value in rows if value in index]
+
+    labels = [str(value) for value in names or values]
+    return TextClassification(name, labels, examples(train), examples(test))
+
+
+def load_texts(name: str = "papers") -> tuple[list[str], list[str]]:
+    """Running text as (training documents, held-out documents).
+
+    Args:
+        name: "papers", a text file (its last tenth is held out), or a Hub id or local path for `datasets`.
+
+    Raises:
+        InputError: as `load_text_classification`.
+    """
+    if name == "papers":
+        return papers.paper_texts("train"), papers.paper_texts("test")
+    path = Path(name)
+    if path.suffix in (".txt", ".md") and path.is_file():
+        text = path.read_text(encoding="utf-8")
+        cut = len(text) * 9 // 10
+        return [text[:cut]], [text[cut:]]
+    train, test = hub.train_and_test(name, hub.load(name))
+    column = hub.text_columns(name, train.features)[0]
+    return list(train[column]), list(test[column])
+
+
+def parse_wordnet(lines: list[str]) -> list[tuple[str, str]]:
+    """(gloss, class) of each synset of a WordNet data file: the definition without its quoted examples."""
+    pairs = []
+    for line in lines:
+        if not line.startswith("  "):  # the licence, on top, is indented
+            fields, gloss = line.split(" | ", 1)
+            pairs.append((gloss.split('; "')[0].strip(), fields.split()[1]))
+    return pairs
+
+
+def _wordnet(path: Path) -> TextClassification:
+    if not path.is_file():
+        raise InputError(
+            f"{path} does not exist: install WordNet (Debian, Ubuntu: apt install wordnet-base), or "
+            "give the path of its `data.noun` as --dataset"
+        )
+    pairs = draw(parse_wordnet(path.read_text(encoding="utf-8").splitlines()), None)
+    cut = len(pairs) // 10
+    return from_pairs("wordnet", pairs[cut:], pairs[:cut])
+
+
+def draw(items: list, count: int | None, seed: int = 0) -> list:
+    """At most `count` items in random order, the same for a seed; None: all of them."""
+    return random.Random(seed).sample(items, len(items) if count is None else min(count, len(items)))

@@ -1,0 +1,80 @@
+"""How a projection stores its parameters: plainly, quantised, or partitioned over processes (DeepSpeed ZeRO-3)."""
+
+from __future__ import annotations
+
+import torch
+from peft.utils.integrations import dequantize_module_weight, gather_params_ctx
+from torch import Tensor, nn
+
+from .find import FFN
+
+
+def is_quantised(module: nn.Module) -> bool:
+    """Whether a linear module's weight is not a matrix of numbers to compute with."""
+    weight = getattr(module, "weight", None)
+    if not isinstance(weight, Tensor):
+        return True
+    return not weight.is_floating_point() or weight.element_size() < 2 or type(weight).__module__.startswith("torchao")
+
+
+def is_partitioned(module: nn.Module) -> bool:
+    """Whether each process holds only a part of a module's parameters, which then look empty."""
+    return any(hasattr(parameter, "ds_id") for parameter in module.parameters(recurse=False))
+
+
+def dense_parameter(module: nn.Module, name: str) -> Tensor | None:
+    """A parameter of a projection as a plain tensor, detached; None if there is none of that name.
+
+    A view of the parameter where it is stored plainly, else a dequantised or gathered copy of it.
+
+    Raises:
+        ValueError: if it is quantised in a form that cannot be undone.
+    """
+    parameter = getattr(module, name, None)
+    if parameter is None:
+        return None
+    if hasattr(parameter, "ds_id"):
+        with gather_params_ctx([parameter], modifier_rank=None):
+            gathered: Tensor = parameter.detach().clone()
+        return gathered
+    if name == "weight" and is_quantised(module):
+        return _dequantised(module)
+    tensor: Tensor = parameter.detach()
+    return tensor
+
+
+def _dequantised(module: nn.Module) -> Tensor:
+    weight = module.weight
+    if getattr(getattr(weight, "quant_state", None), "packing_format_for_cpu", False):
+        raise ValueError(
+            f"A {type(module).__name__} was packed for the CPU in its first forward pass, which bitsandbytes cannot "
+            "undo. Load the model anew and fuse it before that, or fuse it on a GPU."
+        )
+    dense: Tensor = dequantize_module_weight(module).detach()
+    module.weight = weight  # on the CPU PEFT's helper leaves an 8-bit weight without its statistics in its place
+    return dense
+
+
+def blank_like(module: nn.Module) -> Tensor:
+    """An empty tensor on the device and in the precision that stand-ins for a projection's weight get."""
+    weight = module.weight
+    assert isinstance(weight, Tensor)
+    dtype = weight.dtype
+    if not weight.is_floating_point() or weight.element_size() < 2:
+        dtype = getattr(getattr(weight, "quant_state", None), "dtype", torch.float32)
+    return torch.empty(0, dtype=dtype, device=weight.device)
+
+
+def check_can_leave(ffn: FFN, base_weights: str) -> None:
+    """Refuses to offload parameters that are no plain tensors.
+
+    Raises:
+        ValueError: naming the projection and its class.
+    """
+    for name, module in zip(ffn.projection_names, ffn.base_projections, strict=True):
+        if base_weights == "offload" and (is_quantised(module) or is_partitioned(module)):
+            kind = "partitioned over processes" if is_partitioned(module) else "quantised"
+            raise ValueError(
+                f'`base_weights="offload"` cannot move `{name}` ({type(module).__name__}), whose weight is {kind}. '
+                'Choose "keep" or "discard".'
+            )

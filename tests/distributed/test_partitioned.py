@@ -1,0 +1,59 @@
+"""DeepSpeed ZeRO-3 leaves each process a part of every parameter; imitated here, for it takes GPUs to run."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+
+import pytest
+import torch
+from architectures import BY_NAME
+from peft import get_peft_model
+from test_lifecycle import half, logits
+from torch import nn
+
+from peft_fusion.ffn import find_ffns
+
+LLAMA = BY_NAME["llama_bias"]
+
+
+def partition(model: nn.Module) -> None:
+    """What `deepspeed.zero` does to parameters: the data goes elsewhere, the real shape is in `ds_shape`."""
+    for index, parameter in enumerate(p for ffn in find_ffns(model) for m in ffn.projections for p in m.parameters()):
+        parameter.ds_id, parameter.ds_shape, parameter.ds_whole = index, parameter.shape, parameter.data
+        parameter.data = torch.empty(0, dtype=parameter.dtype)
+
+
+@contextmanager
+def gathered(parameters: Iterable[nn.Parameter], modifier_rank: int | None = 0) -> Iterator[None]:
+    """Stands in for `deepspeed.zero.GatheredParameters`."""
+    assert modifier_rank is None  # reading only
+    parameters = list(parameters)
+    for parameter in parameters:
+        parameter.data = parameter.ds_whole.clone()
+    yield
+    for parameter in parameters:
+        parameter.data.fill_(torch.nan)  # what was not copied is gone
+        parameter.data = torch.empty(0, dtype=parameter.dtype)
+
+
+@pytest.mark.parametrize("base_weights", ["keep", "discard"])
+def test_partitioned_weights_are_gathered_for_fusing(base_weights, monkeypatch):
+    monkeypatch.setattr("peft_fusion.ffn.storage.gather_params_ctx", gathered)
+    expected = logits(get_peft_model(LLAMA.make(), half(LLAMA)), LLAMA)
+    model = LLAMA.make()
+    partition(model)
+    fused = get_peft_model(model, half(LLAMA, base_weights=base_weights))
+    assert torch.equal(logits(fused, LLAMA), expected)
+    merged = fused.merge_and_unload()
+    torch.testing.assert_close(logits(merged, LLAMA), expected)
+
+
+def test_weights_that_cannot_be_gathered_or_offloaded_are_refused(monkeypatch):
+    model = LLAMA.make()
+    partition(model)
+    with pytest.raises(ValueError, match="cannot be read as a floating-point matrix"):
+        get_peft_model(model, half(LLAMA))
+    monkeypatch.setattr("peft_fusion.ffn.storage.gather_params_ctx", gathered)
+    with pytest.raises(ValueError, match="whose weight is partitioned over processes"):
+        get_peft_model(model, half(LLAMA, base_weights="offload"))

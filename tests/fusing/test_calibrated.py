@@ -1,0 +1,196 @@
+"""Calibrated fusion on small tensors: kernels, the choice of real neurons, the refit, the tangent scales."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn.functional import gelu, relu, silu
+
+from peft_fusion.fusing.activations import look_inside
+from peft_fusion.fusing.calibrated import fuse_calibrated
+from peft_fusion.fusing.kernels import ntk_kernel, output_kernel, weight_kernel
+from peft_fusion.fusing.neurons import eliminate, most_salient_of_each
+from peft_fusion.fusing.refit import moments_of_kept, refit
+from peft_fusion.fusing.rows import select_rows
+from peft_fusion.fusing.statistics import FFNStatistics
+from peft_fusion.fusing.tangent import match_tangent_kernel
+from peft_fusion.fusing.weights import FFNWeights, NarrowFFN
+
+DIM, WIDTH = 6, 16
+
+
+def draw(*shape: int, seed: int) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def make(gated: bool, bias: bool = False, width: int = WIDTH) -> FFNWeights:
+    ins = tuple(draw(width, DIM, seed=k) for k in range(2 if gated else 1))
+    biases = tuple(draw(width, seed=10 + k) if bias else None for k in range(len(ins)))
+    return FFNWeights(ins, biases, draw(width, DIM, seed=20), draw(DIM, seed=30) if bias else None)
+
+
+def gather(weights: FFNWeights, activation, tokens: int = 400) -> FFNStatistics:
+    statistics = FFNStatistics(weights.width, DIM)
+    statistics.add(look_inside(weights, activation, draw(tokens, DIM, seed=40)).hidden)
+    statistics.hold_out(draw(200, DIM, seed=41).float())
+    return statistics
+
+
+def outputs(narrow: NarrowFFN, activation, x: Tensor) -> Tensor:
+    """The narrow FFN written out: scales before and after the activation stand alone."""
+    w = narrow.weights
+    scales = narrow.in_scales or (1.0,) * len(w.in_weights)
+    pairs = zip(w.in_weights, w.in_biases, scales, strict=True)
+    z = [(x @ a.T + (0 if b is None else b)) * t for a, b, t in pairs]
+    hidden = activation(z[0]) * (z[1] if w.gated else 1)
+    return (hidden * narrow.scale) @ w.out_weight + (0 if w.out_bias is None else w.out_bias)
+
+
+def plain(weights: FFNWeights) -> NarrowFFN:
+    return NarrowFFN(weights, torch.ones(weights.width, dtype=torch.float64))
+
+
+def rescaled(weights: FFNWeights, factor: Tensor) -> FFNWeights:
+    ins = (*weights.in_weights[:-1], weights.in_weights[-1] * factor.unsqueeze(1))
+    return FFNWeights(ins, weights.in_biases, weights.out_weight / factor.unsqueeze(1), weights.out_bias)
+
+
+@pytest.mark.parametrize("gated, activation, degree", [(True, silu, None), (False, relu, 1)])
+def test_kernels_do_not_see_a_rescaling_that_leaves_the_function(gated, activation, degree):
+    weights, x = make(gated), draw(300, DIM, seed=5)
+    factor = draw(WIDTH, seed=6).abs() + 0.5
+    factor = torch.where(draw(WIDTH, seed=7) < 0, -factor, factor) if gated else factor
+    kernels = []
+    for version in (weights, rescaled(weights, factor)):
+        hidden = look_inside(version, activation, x).hidden
+        moment = hidden.T @ hidden / len(x)
+        kernels.append(
+            (
+                weight_kernel(version, degree),
+                output_kernel(version, moment),
+                ntk_kernel(version, moment, x, activation, degree),
+            )
+        )
+    for one, other in zip(*kernels, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)  # balanced in float32
+
+
+def test_the_output_kernel_is_the_inner_product_of_outputs():
+    weights, x = make(gated=True), draw(50, DIM, seed=5)
+    hidden = look_inside(weights, silu, x).hidden
+    rows = hidden.T.unsqueeze(2) * weights.out_weight.unsqueeze(1)  # (neurons, tokens, out)
+    expected = rows.flatten(1) @ rows.flatten(1).T / len(x)
+    torch.testing.assert_close(output_kernel(weights, hidden.T @ hidden / len(x)), expected)
+
+
+@pytest.mark.parametrize("width", [6, 3])
+def test_elimination_removes_the_neuron_whose_refit_costs_least(width, monkeypatch):
+    monkeypatch.setattr("peft_fusion.fusing.neurons.SHRINKAGE", 0.0)
+    monkeypatch.setattr("peft_fusion.fusing.neurons.ROUNDS", 1000)  # one neuron a round
+    hidden, out = draw(100, 7, seed=1) @ draw(7, 7, seed=2), draw(7, 4, seed=3)
+
+    def cost(kept: tuple[int, ...]) -> float:
+        own = hidden[:, list(kept)]
+        fit = torch.linalg.lstsq(own, hidden @ out).solution
+        return float((own @ fit - hidden @ out).square().sum())
+
+    kept = tuple(range(7))
+    while len(kept) > width:
+        kept = min(itertools.combinations(kept, len(kept) - 1), key=cost)
+    assert eliminate(hidden.T @ hidden / 100, out, width).tolist() == list(kept)
+
+
+def test_elimination_drops_what_others_make_up_for_and_not_what_is_small():
+    hidden = draw(200, 4, seed=1)
+    hidden = torch.cat([hidden, hidden[:, :1] * 3, hidden[:, 1:2] * 0.2], dim=1)  # 4 repeats 0, 5 repeats 1
+    out = torch.ones(6, 1, dtype=torch.float64)
+    kept = eliminate(hidden.T @ hidden / 200, out, 4).tolist()
+    assert {2, 3} <= set(kept) and len({0, 4} & set(kept)) == 1 and len({1, 5} & set(kept)) == 1
+
+
+def test_one_neuron_of_each_cluster_the_most_salient():
+    saliency = torch.tensor([1.0, 5.0, 2.0, 7.0, 3.0])
+    labels = torch.tensor([0, 0, 1, 2, 1])
+    assert most_salient_of_each(saliency, labels, 3).tolist() == [1, 4, 3]
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_the_refit_is_least_squares_where_nothing_is_shrunk(bias, monkeypatch):
+    monkeypatch.setattr("peft_fusion.fusing.refit.STRENGTHS", (1e-12,))
+    weights, x = make(gated=False, bias=True), draw(500, DIM, seed=5)
+    hidden = look_inside(weights, gelu, x).hidden
+    kept, y = torch.arange(0, WIDTH, 2), hidden @ weights.out_weight
+    moments = moments_of_kept(hidden.T @ hidden / len(x), hidden.mean(0), weights.out_weight, kept)
+    fit = refit(moments, weights.out_weight[kept], hidden[:, kept], y, with_bias=bias)
+    columns = hidden[:, kept]
+    if bias:
+        columns = torch.cat([columns, torch.ones_like(columns[:, :1])], dim=1)
+    expected = torch.linalg.lstsq(columns, y).solution
+    torch.testing.assert_close(fit.out_weight, expected[: len(kept)], rtol=1e-6, atol=1e-8)
+    assert (fit.bias_change is None) == (not bias)
+
+
+def test_a_refit_that_does_harm_on_held_out_tokens_is_not_taken():
+    weights = make(gated=False)
+    x = draw(200, DIM, seed=6)
+    hidden, kept = look_inside(weights, gelu, x).hidden, torch.arange(8)
+    noise = draw(12, WIDTH, seed=7) * 5  # what was accumulated has nothing to do with what is held out
+    moments = moments_of_kept(noise.T @ noise / 12, noise.mean(0), weights.out_weight, kept)
+    prior = torch.linalg.lstsq(hidden[:, kept], hidden @ weights.out_weight).solution
+    fit = refit(moments, prior, hidden[:, kept], hidden @ weights.out_weight, with_bias=False)
+    assert fit.strength == float("inf")
+    torch.testing.assert_close(fit.out_weight, prior)
+
+
+KINDS = [(False, gelu, True), (True, silu, False), (True, silu, True)]
+
+
+@pytest.mark.parametrize("gated, activation, bias", KINDS)
+def test_tangent_scales_leave_the_function(gated, activation, bias):
+    weights, x = make(gated, bias), draw(100, DIM, seed=8)
+    narrow = select_rows(weights, torch.arange(0, WIDTH, 2))
+    matched = match_tangent_kernel(weights, narrow, activation, x)
+    assert float(matched.scale.min()) > 1.2  # half the neurons are gone
+    torch.testing.assert_close(outputs(matched, activation, x), outputs(plain(narrow), activation, x))
+
+
+def test_tangent_scales_of_duplicates_are_the_counts():
+    single = make(gated=True, width=4)
+    twice = FFNWeights(
+        tuple(w.repeat(3, 1) for w in single.in_weights), (None, None), single.out_weight.repeat(3, 1), None
+    )
+    folded = FFNWeights(single.in_weights, (None, None), single.out_weight * 3, None)  # the same function
+    matched = match_tangent_kernel(twice, folded, silu, draw(100, DIM, seed=9))
+    torch.testing.assert_close(matched.scale, torch.full((4,), 3.0))
+    for scale in matched.in_scales:
+        torch.testing.assert_close(scale.double(), torch.ones(4).double())
+
+
+@pytest.mark.parametrize("representative", ["neuron", "centroid"])
+@pytest.mark.parametrize("gated, activation, bias", [(False, gelu, True), (True, silu, False)])
+def test_at_full_width_nothing_changes(gated, activation, bias, representative):
+    weights = make(gated, bias)
+    statistics, x = gather(weights, activation), draw(50, DIM, seed=9)
+    narrow = fuse_calibrated(weights, WIDTH, statistics, activation, representative=representative)
+    goal = outputs(plain(weights), activation, x)
+    torch.testing.assert_close(outputs(narrow, activation, x), goal, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("gated, activation, bias", [(False, gelu, True), (True, silu, False)])
+def test_the_refit_lowers_the_error_on_other_tokens(gated, activation, bias):
+    weights = make(gated, bias)
+    statistics, x = gather(weights, activation, 4000), draw(1000, DIM, seed=50)
+    goal = outputs(plain(weights), activation, x)
+    errors = []
+    for refit_kind in ("ridge", "none"):
+        narrow = fuse_calibrated(weights, 8, statistics, activation, refit=refit_kind)
+        errors.append(float((outputs(narrow, activation, x) - goal).square().mean()))
+    assert errors[0] < 0.8 * errors[1]
+
+
+def test_statistics_of_another_ffn_are_refused():
+    with pytest.raises(ValueError, match="Calibrate again"):
+        fuse_calibrated(make(gated=True), 8, gather(make(gated=True, width=8), silu), silu)
