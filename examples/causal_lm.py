@@ -19,13 +19,15 @@ from measure import folder_size, peak_memory, text_table
 from models import load_causal_lm
 from packages import InputError
 from peft import PeftModel, get_peft_model
+from torch.utils.data import DataLoader
 from training import be_quiet, fine_tune
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, default_data_collator, set_seed
 
-from peft_fusion import FusionConfig
+from peft_fusion import FusionConfig, calibrate
 
 BATCH_SIZE = 2
-LEARNING_RATE = 5e-4
+LEARNING_RATE = 1e-4
+CALIBRATION_BATCH, CALIBRATION_SEQUENCES = 8, 64
 STEPS, SMOKE_STEPS = 120, 3
 HELD_OUT_BLOCKS, SMOKE_BLOCKS = 48, 4
 SAMPLE_TOKENS = 60
@@ -44,6 +46,10 @@ def main() -> None:
     parameters, perplexities = model.num_parameters(), {"as it came": perplexity(model, held_out)}
 
     config = FusionConfig(task_type="CAUSAL_LM", ratio=options.ratio, layers_to_transform=layers)
+    if options.calibration != "none":
+        batches = DataLoader(train, CALIBRATION_BATCH, collate_fn=default_data_collator)  # type: ignore[arg-type]
+        sequences = 2 * SMOKE_BLOCKS if options.smoke else CALIBRATION_SEQUENCES
+        calibrate(model, config, batches if options.calibration == "data" else None, sequences=sequences)
     fused = get_peft_model(model, config)
     perplexities["fused"] = perplexity(fused, held_out)
     _, seconds = fine_tune(
@@ -86,6 +92,13 @@ def parse_arguments() -> argparse.Namespace:
     add("--layers", default="last-half", help="all, last-half (default), or layers such as 3,5,8-11")
     add("--block", type=positive, default=256, help="tokens in a training example (default: %(default)s)")
     add("--learning-rate", type=float, default=LEARNING_RATE, help="default: %(default)s")
+    add(
+        "--calibration",
+        choices=("data", "own", "none"),
+        default="data",
+        help="what the FFNs are fused by: data (default: the training blocks), own (text that the model samples "
+        "itself), none (the weights alone, as in the paper)",
+    )
     add("--prompt", default="In this paper, we", help="start of the sample (default: %(default)s)")
     options = parser.parse_args()
     options.held_out_blocks = HELD_OUT_BLOCKS

@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader
 from training import be_quiet, fine_tune
 from transformers import DataCollatorWithPadding, PreTrainedModel, PreTrainedTokenizerBase, Trainer
 
-BATCH_SIZE = 32
+BATCH_SIZE = 16
 MAX_TOKENS = 64
 REFERENCE_TEXTS = 32
 
