@@ -6,7 +6,9 @@
 
 Each row runs in a process of its own. On a GPU it is the most memory that tensors took. On a CPU it is resident
 memory less what the imports took; the peak starts anew once the model is set up (needs Linux), for setting up holds
-the full-width model, whatever is dropped afterwards: that peak is in the column "set-up".
+the full-width model, whatever is dropped afterwards: that peak is in the column "set-up". There the allocator is
+told to map every larger block on its own and to give it back when freed: else the holes that freed tensors leave
+count as memory, differently in every run.
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ import argparse
 import ctypes
 import gc
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -24,6 +27,7 @@ ROWS = ("native", "discard", "offload", "keep", "LoRA", "full")
 BAR = 1.05
 STEPS = 3
 MEGABYTE = 1e6
+ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}  # bytes
 
 
 def main() -> None:
@@ -57,7 +61,7 @@ def parse_arguments() -> argparse.Namespace:
 def run_fresh(row: str) -> dict[str, float]:
     """One row, by this script in a process of its own."""
     command = [sys.executable, __file__, *sys.argv[1:], "--row", row]
-    result = subprocess.run(command, stdout=subprocess.PIPE, check=True, text=True)
+    result = subprocess.run(command, stdout=subprocess.PIPE, check=True, text=True, env=os.environ | ALLOCATOR)
     return json.loads(result.stdout.splitlines()[-1])
 
 

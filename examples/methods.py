@@ -33,12 +33,17 @@ def lora(model: PreTrainedModel, ratio: float, batches: Batches) -> PeftModel:
     return get_peft_model(model, LoraConfig(task_type="SEQ_CLS", r=16, lora_alpha=32, target_modules="all-linear"))
 
 
+def head(model: PreTrainedModel) -> list[str]:
+    """What trains beside the FFNs: PEFT adds the classifier, but BERT's pooler is a part of the head as well."""
+    return [name for name, _ in model.named_modules() if name.endswith("pooler")]
+
+
 def fusion(model: PreTrainedModel, ratio: float, batches: Batches) -> PeftModel:
     from peft import get_peft_model
 
     from peft_fusion import FusionConfig
 
-    return get_peft_model(model, FusionConfig(task_type="SEQ_CLS", ratio=ratio))
+    return get_peft_model(model, FusionConfig(task_type="SEQ_CLS", ratio=ratio, modules_to_save=head(model)))
 
 
 def calibrated_fusion(model: PreTrainedModel, ratio: float, batches: Batches) -> PeftModel:
@@ -46,7 +51,7 @@ def calibrated_fusion(model: PreTrainedModel, ratio: float, batches: Batches) ->
 
     from peft_fusion import FusionConfig, calibrate
 
-    config = FusionConfig(task_type="SEQ_CLS", ratio=ratio)
+    config = FusionConfig(task_type="SEQ_CLS", ratio=ratio, modules_to_save=head(model))
     calibrate(model, config, batches, sequences=512)
     return get_peft_model(model, config)
 
@@ -54,7 +59,7 @@ def calibrated_fusion(model: PreTrainedModel, ratio: float, batches: Batches) ->
 METHODS = {
     "full fine-tuning": Method(full_fine_tuning, learning_rate=1e-4),
     "LoRA": Method(lora, learning_rate=1e-3),
-    "fusion": Method(fusion, learning_rate=1e-4),
-    "calibrated fusion": Method(calibrated_fusion, learning_rate=1e-4),
+    "fusion": Method(fusion, learning_rate=2e-4),
+    "calibrated fusion": Method(calibrated_fusion, learning_rate=5e-4),
 }
 FUSED = ("fusion", "calibrated fusion")  # the methods whose saved and merged models are reloaded and checked

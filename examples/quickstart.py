@@ -19,7 +19,7 @@ from arguments import example_parser, output_folder, run, write_json
 from measure import run_fresh, text_table
 from methods import FUSED, METHODS
 
-STEPS, SMOKE_STEPS = 150, 6
+STEPS, SMOKE_STEPS = 120, 6
 TEST_EXAMPLES, SMOKE_TEST_EXAMPLES = 4000, 64  # at most
 
 

@@ -64,8 +64,9 @@ def train(kind: str, base_weights: str, folder: Path) -> None:
     """Fuses, trains on this rank's share of every batch, and writes what this rank ends up with."""
     rank, world = dist.get_rank(), dist.get_world_size()
     folder.mkdir(parents=True, exist_ok=True)
-    torch.manual_seed(100 + rank)  # ranks that drew from the global generator would come to differ
-    model = get_peft_model(LLAMA.make(), half(LLAMA, base_weights=base_weights))
+    base = LLAMA.make()
+    torch.manual_seed(100 + rank)  # ranks whose fusing drew from the global generator would come to differ
+    model = get_peft_model(base, half(LLAMA, base_weights=base_weights))
     start = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
     wrapped, gather = WRAPPERS[kind](model)
     optimizer = torch.optim.AdamW([p for p in wrapped.parameters() if p.requires_grad], lr=1e-2)

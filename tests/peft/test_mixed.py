@@ -281,7 +281,7 @@ def test_discarded_weights_in_a_mixed_model():
     llama = BY_NAME["llama"]
     model = mixed(llama, base_weights="discard")
     expected = logits(model, llama)
-    for action in (lambda: model.disable_adapter().__enter__(), model.unload):
+    for action in (model.base_model.disable_adapter_layers, model.unload):
         with pytest.raises(RuntimeError, match="were dropped"):
             action()
         assert torch.equal(logits(model, llama), expected)
