@@ -6,8 +6,7 @@
     python benchmarks/quality.py minilm --smoke                 random, small, seconds
 
 SmolLM2: the last 16 of 30 layers are narrowed and nothing is trained; perplexity on held-out scientific papers. The
-calibration text is of another domain (English dialogues and, where they are installed, WordNet glosses), or what the
-model samples itself. MiniLM: all layers are narrowed, then FFNs and head are fine-tuned at the learning rate that
+calibration text is of another domain (WordNet's glosses), or what the model samples itself (--text own). MiniLM: all layers are narrowed, then FFNs and head are fine-tuned at the learning rate that
 suits the full model, on sentences of papers by their role. Every pruning row has the same calibration text, refit and
 scale as the fusion row beside it. A finished row is read from --json and not run again.
 """
@@ -142,7 +141,7 @@ def share_calibration(
 
 
 def other_text() -> list[str]:
-    """Calibration text that is not from papers: WordNet's glosses, else the training sentences' titles."""
+    """Calibration text that is not from papers: WordNet's glosses, forty a document."""
     if WORDNET_NOUNS.is_file():
         pairs = parse_wordnet(WORDNET_NOUNS.read_text(encoding="utf-8").splitlines())
         return ["\n".join(gloss for gloss, _ in pairs[start : start + 40]) for start in range(0, 16000, 40)]
