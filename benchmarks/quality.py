@@ -6,9 +6,11 @@
     python benchmarks/quality.py minilm --smoke                 random, small, seconds
 
 SmolLM2: the last 16 of 30 layers are narrowed and nothing is trained; perplexity on held-out scientific papers. The
-calibration text is of another domain (WordNet's glosses), or what the model samples itself (--text own). MiniLM: all layers are narrowed, then FFNs and head are fine-tuned at the learning rate that
-suits the full model, on sentences of papers by their role. Every pruning row has the same calibration text, refit and
-scale as the fusion row beside it. A finished row is read from --json and not run again.
+calibration text is of another domain (WordNet's glosses), or what the model samples itself (--text own).
+
+MiniLM: all layers are narrowed, then FFNs and head are fine-tuned at the learning rate that suits the full model, on
+sentences of papers by their role. Every pruning row has the same calibration text, refit and scale as the fusion row
+beside it. A finished row is read from --json and not run again.
 """
 
 from __future__ import annotations
