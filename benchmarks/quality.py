@@ -1,16 +1,15 @@
 """How good narrow FFNs are, on real weights and held-out text: fusion, its variants, and honest baselines.
 
-    python benchmarks/quality.py smollm2                        perplexity of SmolLM2-135M, without any training
-    python benchmarks/quality.py minilm --seeds 0 1 2           accuracy of MiniLM-L6 after fine-tuning
-    python benchmarks/quality.py smollm2 --tune --json out.json
-    python benchmarks/quality.py minilm --smoke                 random, small, seconds
+    python benchmarks/quality.py smollm2 --tune --json smollm2.json --plot smollm2.png   about an hour on two cores
+    python benchmarks/quality.py smollm2 --text own --variants original fusion           calibrated without data
+    python benchmarks/quality.py minilm --results minilm      examples/compare_methods.py: accuracy after fine-tuning
+    python benchmarks/quality.py smollm2 --smoke              (or minilm) small; its figures mean nothing
 
-SmolLM2: the last 16 of 30 layers are narrowed and nothing is trained; perplexity on held-out scientific papers. The
-calibration text is of another domain (WordNet's glosses), or what the model samples itself (--text own).
-
-MiniLM: all layers are narrowed, then FFNs and head are fine-tuned at the learning rate that suits the full model, on
-sentences of papers by their role. Every pruning row has the same calibration text, refit and scale as the fusion row
-beside it. A finished row is read from --json and not run again.
+SmolLM2-135M: the last 16 of 30 layers are narrowed and nothing is trained. Perplexity on held-out scientific papers;
+output error and Adam-NTK error on other blocks of them. The calibration text is of another domain (`--text other`:
+WordNet's glosses), the papers of the training split (`--text papers`) or what the model samples itself (`--text own`);
+`--tune` goes on with the same text. Every pruning row has the text, refit and scale of the fusion row beside
+it. A finished row is read from `--json` and not run again.
 """
 
 from __future__ import annotations
@@ -20,30 +19,30 @@ import json
 import statistics
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-from peft import get_peft_model
+from peft import PeftModel, get_peft_model
 from torch import nn
 from torch.utils.data import DataLoader
-from transformers import DataCollatorWithPadding, default_data_collator, set_seed
+from transformers import PreTrainedModel, default_data_collator
 
 from peft_fusion import FusionConfig, calibrate, fidelity, tune_layers
+from peft_fusion.own_inputs import own_inputs
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 
 import causal_lm  # noqa: E402
-import train_row  # noqa: E402
-from data import WORDNET_NOUNS, load_text_classification, load_texts, parse_wordnet  # noqa: E402
+import compare_methods  # noqa: E402
+from data import WORDNET_NOUNS, draw, load_texts, parse_wordnet  # noqa: E402
 from measure import text_table  # noqa: E402
-from models import classifier_path, load_causal_lm, load_classifier, load_tokenizer  # noqa: E402
-from training import be_quiet, fine_tune  # noqa: E402
+from models import load_causal_lm  # noqa: E402
+from training import be_quiet  # noqa: E402
 
 LAYERS = list(range(14, 30))
-LEARNING_RATE = 1e-4
-TRAINING_STEPS, BATCH = 150, 32
+LENGTH = 256  # tokens of a calibration sequence
+TUNED = ("fusion", "pruning by saliency, refit")
 
 # row -> (settings of the configuration, or None for no fusion; whether it is calibrated)
 VARIANTS: dict[str, tuple[dict[str, Any] | None, bool]] = {
@@ -52,151 +51,151 @@ VARIANTS: dict[str, tuple[dict[str, Any] | None, bool]] = {
     "clustering": ({"method": "clustering"}, False),
     "pruning by norms": ({"method": "pruning"}, False),
     "random narrow FFNs": ({"init_weights": False}, False),
-    "pruning by saliency, no refit": ({"method": "pruning", "refit": "none", "scale": "none"}, True),
-    "pruning by saliency, refit": ({"method": "pruning", "scale": "none"}, True),
-    "pruning by saliency, refit, scale": ({"method": "pruning"}, True),
-    "fusion, centroids, refit": ({"representative": "centroid", "scale": "counts"}, True),
+    "pruning by saliency, no refit, no scale": ({"method": "pruning", "refit": "none", "scale": "none"}, True),
+    "pruning by saliency, refit, no scale": ({"method": "pruning", "scale": "none"}, True),
+    "pruning by saliency, refit": ({"method": "pruning"}, True),
+    "fusion, centroids, refit": ({"representative": "centroid"}, True),
+    "fusion, weight kernel, neurons, refit": ({"kernel": "weights"}, True),
+    "fusion, ntk kernel": ({"kernel": "ntk"}, True),
     "fusion": ({}, True),
 }
+Row = dict[str, Any]
 
 
 def main() -> None:
+    if sys.argv[1:2] == ["minilm"]:
+        return compare_methods.main(sys.argv[2:])
     options = parse_arguments()
     be_quiet()
-    done = json.loads(options.json.read_text()) if options.json and options.json.exists() else {}
-    rows = smollm2(options, done) if options.task == "smollm2" else minilm(options, done)
-    columns = list(dict.fromkeys(key for row in rows for key in row))
+    rows = SmolLM2(options).rows()
+    columns = list(dict.fromkeys(name for row in rows for name in row))
     print("\n" + text_table(columns, [[show(row.get(column)) for column in columns] for row in rows]))
+    if options.plot:
+        plot(rows, options.plot)
+    return None
 
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("task", choices=("smollm2", "minilm"))
-    parser.add_argument("--ratios", type=float, nargs="+", default=[0.5, 0.25])
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--variants", nargs="+", choices=list(VARIANTS), default=list(VARIANTS))
-    parser.add_argument("--text", choices=("other", "own"), default="other", help="what SmolLM2 is calibrated on")
-    parser.add_argument("--tune", action="store_true", help="also after `tune_layers`, for the calibrated rows")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="keep finished rows here")
-    parser.add_argument("--smoke", action="store_true", help="few steps and examples: does everything work?")
+    add = parser.add_argument
+    add("task", choices=("smollm2", "minilm"), help="minilm takes the options of examples/compare_methods.py")
+    add("--ratios", type=float, nargs="+", default=[0.5, 0.25], help="fractions of neurons kept (default: .5 .25)")
+    add("--variants", nargs="+", choices=list(VARIANTS), default=list(VARIANTS), metavar="VARIANT")
+    add("--text", choices=("other", "papers", "own"), default="other", help="what is calibrated on")
+    add("--tune", action="store_true", help=f"also `tune_layers`, for {' and '.join(TUNED)}")
+    add("--json", type=Path, metavar="FILE", help="keep finished rows here")
+    add("--plot", type=Path, metavar="FILE", help="perplexity against width")
+    add("--smoke", action="store_true", help="little text, few steps: does everything work?")
     return parser.parse_args()
 
 
-def each(
-    options: argparse.Namespace, done: dict[str, Any], key: str, row: Callable[[], dict[str, Any]]
-) -> dict[str, Any]:
-    """A row from the file of finished ones, or computed, printed and added to it."""
-    if key not in done:
-        done[key] = row()
-        if options.json:
-            options.json.write_text(json.dumps(done, indent=1) + "\n")
-    print(key, {name: show(value) for name, value in done[key].items()}, flush=True)
-    return done[key]
+class SmolLM2:
+    """The rows of the table on SmolLM2, all of one calibration.
 
+    Args:
+        options: as `parse_arguments` returns them.
+    """
 
-def smollm2(options: argparse.Namespace, done: dict[str, Any]) -> list[dict[str, Any]]:
-    """Perplexity, error of the FFNs' outputs and time to fuse, by variant."""
-    model, tokenizer = load_causal_lm(None)
-    size = 4 if options.smoke else 48
-    held_out = causal_lm.blocks(tokenizer, load_texts()[1], 512)[:size]
-    text = causal_lm.blocks(tokenizer, other_text(), 256)[: 8 if options.smoke else 128]
-    batches = DataLoader(text, 8, collate_fn=default_data_collator)
-    statistics_kept: dict[str, Any] = {}
+    def __init__(self, options: argparse.Namespace) -> None:
+        self.options, small = options, options.smoke
+        self.model, tokenizer = load_causal_lm(None)
+        papers = load_texts()
+        self.held_out = causal_lm.blocks(tokenizer, papers[1], 512)[: 4 if small else 32]
+        self.compared = draw(causal_lm.blocks(tokenizer, papers[1], 64), 4 if small else 32)
+        self.sequences = 8 if small else 128
+        self.batches: list[dict[str, torch.Tensor]]
+        if options.text == "own":
+            self.batches = list(own_inputs(self.model, self.sequences, LENGTH, seed=0))
+        else:
+            texts = other_text() if options.text == "other" else papers[0]
+            blocks = causal_lm.blocks(tokenizer, texts, LENGTH)[: self.sequences]
+            self.batches = list(DataLoader(blocks, 8, collate_fn=default_data_collator))  # type: ignore[arg-type]
+        self.calibration: Any = None
 
-    def row(name: str, ratio: float) -> dict[str, Any]:
+    def rows(self) -> list[Row]:
+        """Every row, from the file of finished ones or computed and added to it."""
+        options = self.options
+        done: dict[str, Row] = json.loads(options.json.read_text()) if options.json and options.json.exists() else {}
+        found = []
+        for ratio in options.ratios[:1] if options.smoke else options.ratios:
+            for name in options.variants:
+                key = f"{options.text} {name} {ratio}"
+                if key not in done:
+                    done[key] = {"variant": name, "ratio": ratio} | self.row(name, ratio)
+                    if options.json:
+                        options.json.write_text(json.dumps(done, indent=1) + "\n")
+                print(key, {column: show(value) for column, value in done[key].items()}, flush=True)
+                found.append(done[key])
+        return found
+
+    def row(self, name: str, ratio: float) -> Row:
+        """One variant at one width."""
         settings, calibrated = VARIANTS[name]
-        result: dict[str, Any] = {"variant": name, "ratio": ratio}
         if settings is None:
-            return result | {"perplexity": causal_lm.perplexity(model, held_out)}
+            return {"perplexity": causal_lm.perplexity(self.model, self.held_out)}
         config = FusionConfig(ratio=ratio, layers_to_transform=LAYERS, **settings)
         if calibrated:
-            share_calibration(model, config, None if options.text == "own" else batches, statistics_kept, options)
+            share_calibration(self, config)
         started = time.perf_counter()
-        fused = get_peft_model(model, config)
-        result["seconds to fuse"] = time.perf_counter() - started
-        result["perplexity"] = causal_lm.perplexity(fused, held_out)
-        if options.tune and calibrated:
-            started = time.perf_counter()
-            errors = tune_layers(fused, batches, steps=5 if options.smoke else 300)
-            result["error, tuned / before"] = statistics.mean(after / before for before, after in errors.values())
-            result["seconds to tune"] = time.perf_counter() - started
-            result["perplexity, tuned"] = causal_lm.perplexity(fused, held_out)
+        fused = get_peft_model(self.model, config)
+        row = {"seconds to fuse": time.perf_counter() - started}
+        row["perplexity"] = causal_lm.perplexity(fused, self.held_out)
+        report = fidelity(fused, DataLoader(self.compared, 8, collate_fn=default_data_collator))  # type: ignore[arg-type]
+        row["FFN output error"] = statistics.mean(ffn.output.relative for ffn in report.ffns)
+        row["Adam-NTK error"] = report.ntk.adam.relative
+        if self.options.tune and name in TUNED:
+            row |= self.tune(fused)
         fused.unload()
-        return result
+        return row
 
-    ratios = options.ratios[:1] if options.smoke else options.ratios
-    names = [(name, ratio) for ratio in ratios for name in options.variants]
-    prefix = f"smollm2 {options.text}"
-    return [each(options, done, f"{prefix} {n} {r}", lambda n=n, r=r: row(n, r)) for n, r in names]  # type: ignore[misc]
-
-
-def share_calibration(
-    model: nn.Module, config: FusionConfig, batches: DataLoader | None, kept: dict[str, Any], options: Any
-) -> None:
-    """Calibrates once and gives every variant the same statistics."""
-    if not kept:
+    def tune(self, fused: PeftModel) -> Row:
+        """What `tune_layers(objective="ffn")` makes of it."""
         started = time.perf_counter()
-        calibrate(model, config, batches, sequences=8 if options.smoke else 128, length=32 if options.smoke else 256)
-        kept["found"] = model._mlp_fusion_calibration
-        print(f"calibrated on {kept['found'].source} in {time.perf_counter() - started:.0f} s", flush=True)
-    model._mlp_fusion_calibration = kept["found"]
+        errors = tune_layers(fused, self.batches, steps=5 if self.options.smoke else None)
+        seconds = time.perf_counter() - started
+        ratio = statistics.mean(after / before for before, after in errors.values())
+        perplexity = causal_lm.perplexity(fused, self.held_out)
+        return {"perplexity, tuned": perplexity, "FFN error, tuned / before": ratio, "seconds to tune": seconds}
+
+
+def share_calibration(task: SmolLM2, config: FusionConfig) -> None:
+    """Calibrates once and gives every variant the same statistics, which a fusion uses up."""
+    model: PreTrainedModel | nn.Module = task.model
+    if task.calibration is None:
+        started = time.perf_counter()
+        calibrate(model, config, task.batches, sequences=task.sequences)
+        task.calibration = model._mlp_fusion_calibration
+        print(f"calibrated on {task.calibration.source} in {time.perf_counter() - started:.0f} s", flush=True)
+    model._mlp_fusion_calibration = task.calibration
 
 
 def other_text() -> list[str]:
-    """Calibration text that is not from papers: WordNet's glosses, forty a document."""
+    """Text that is not from papers: WordNet's glosses, forty a document."""
     if WORDNET_NOUNS.is_file():
         pairs = parse_wordnet(WORDNET_NOUNS.read_text(encoding="utf-8").splitlines())
         return ["\n".join(gloss for gloss, _ in pairs[start : start + 40]) for start in range(0, 16000, 40)]
     raise SystemExit("Calibration text of another domain: apt install wordnet-base, or use --text own.")
 
 
-def minilm(options: argparse.Namespace, done: dict[str, Any]) -> list[dict[str, Any]]:
-    """Accuracy after fine-tuning (mean and spread over seeds) and Adam-NTK error on held-out sentences."""
-    rows = []
-    for ratio in options.ratios[:1] if options.smoke else options.ratios:
-        for name in options.variants:
-            seeds = options.seeds[:1] if options.smoke else options.seeds
-            keys = [f"minilm {name} {ratio} seed {seed}" for seed in seeds]
-            runs = [
-                each(options, done, key, lambda s=seed, n=name, r=ratio: fine_tuned(n, r, s, options))  # type: ignore[misc]
-                for key, seed in zip(keys, seeds, strict=True)
-            ]
-            accuracies = [run["accuracy"] for run in runs]
-            spread = statistics.stdev(accuracies) if len(accuracies) > 1 else None
-            figures = {"variant": name, "ratio": ratio, "accuracy": statistics.mean(accuracies), "spread": spread}
-            rows.append(figures | {k: v for k, v in runs[0].items() if k != "accuracy"})
-    return rows
+def plot(rows: list[Row], path: Path) -> None:
+    """Perplexity against width, a line a variant."""
+    from matplotlib.figure import Figure
 
-
-def fine_tuned(name: str, ratio: float, seed: int, options: argparse.Namespace) -> dict[str, Any]:
-    """One run: narrow, compare with the original, fine-tune FFNs and head, test."""
-    steps, test = (3, 64) if options.smoke else (TRAINING_STEPS, None)
-    task = load_text_classification().sample(train=steps * BATCH, test=test, seed=seed)
-    path = classifier_path(None)
-    tokenizer, model = load_tokenizer(path), load_classifier(path, len(task.labels), seed)
-    train, collator = train_row.tokenize(tokenizer, task.train), DataCollatorWithPadding(tokenizer)
-    settings, calibrated = VARIANTS[name]
-    result: dict[str, Any] = {"examples": len(task.test)}
-    if settings is None:
-        for parameter_name, parameter in model.named_parameters():
-            parameter.requires_grad_(any(part in parameter_name for part in ("intermediate", "layer.", "classifier")))
-            if "attention" in parameter_name or "LayerNorm" in parameter_name:
-                parameter.requires_grad_(False)
-        trained = model
-    else:
-        config = FusionConfig(task_type="SEQ_CLS", ratio=ratio, seed=seed, **settings)
-        if calibrated:
-            calibrate(model, config, DataLoader(train, BATCH, collate_fn=collator), sequences=512)
-        trained = get_peft_model(model, config)
-        held_out = DataLoader(train_row.tokenize(tokenizer, task.test[:64]), 16, collate_fn=collator)
-        report = fidelity(trained, held_out, sentences=8 if options.smoke else 64)
-        result["output error"] = statistics.mean(ffn.output.relative for ffn in report.ffns)
-        result["Adam-NTK error"], result["cosine"] = report.ntk.adam.relative, report.ntk.adam.cosine
-    set_seed(seed)
-    trainer, _ = fine_tune(
-        trained, train, collator, title=name, steps=steps, batch_size=BATCH, learning_rate=LEARNING_RATE
-    )
-    return result | {"accuracy": train_row.accuracy(trainer, train_row.tokenize(tokenizer, task.test))}
+    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    axes = figure.add_subplot()
+    for name in dict.fromkeys(row["variant"] for row in rows):
+        found = [row for row in rows if row["variant"] == name]
+        if name == "original":
+            axes.axhline(found[0]["perplexity"], color="black", linestyle=":", label=name)
+            continue
+        for column, style in (("perplexity", "o-"), ("perplexity, tuned", "s--")):
+            points = sorted((row["ratio"], row[column]) for row in found if column in row)
+            if points:
+                label = name if column == "perplexity" else f"{name}, tuned"
+                axes.plot(*zip(*points, strict=True), style, label=label)
+    axes.set(xlabel="neurons kept", ylabel="perplexity", yscale="log")
+    axes.legend(fontsize=7)
+    figure.savefig(path, dpi=120)
 
 
 def show(value: Any) -> str:

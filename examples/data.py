@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import random
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -19,8 +20,8 @@ import papers
 from packages import InputError
 
 WORDNET_NOUNS = Path("/usr/share/wordnet/data.noun")
-# A text, and None or the second text of a pair; the index of its label
-Example = tuple[str, "str | None", int]
+# A text, and None or the second text of a pair; the index of its label (in a regression, the score)
+Example = tuple[str, "str | None", "int | float"]
 
 
 @dataclass(frozen=True)
@@ -72,18 +73,29 @@ def from_pairs(name: str, train: list[tuple[str, str]], test: list[tuple[str, st
 def from_columns(name: str, splits: Any) -> TextClassification:
     """A task from a `DatasetDict`: columns by type and usual name, the test set by usual split name."""
     train, test = hub.train_and_test(name, splits)
-    texts, label = hub.text_columns(name, train.features), hub.label_column(name, train.features)
-    names = getattr(train.features[label], "names", None)  # a ClassLabel column holds indices into its names
-    values = range(len(names)) if names else sorted(set(train[label]), key=str)
+    labels, read = column_reader(name, train)
+    return TextClassification(name, labels, read(train), read(test))
+
+
+def column_reader(name: str, train: Any, regression: bool = False) -> tuple[list[str], Callable[[Any], list[Example]]]:
+    """The labels of a training split (none in a regression), and a function that reads any split's examples.
+
+    Examples that have no label, or one that `train` lacks, are left out.
+    """
+    texts, column = hub.text_columns(name, train.features), hub.label_column(name, train.features, regression)
+    names = getattr(train.features[column], "names", None)  # a ClassLabel column holds indices into its names
+    values = [] if regression else range(len(names)) if names else sorted(set(train[column]), key=str)
     index = {value: i for i, value in enumerate(values)}
 
-    def examples(split: Any) -> list[Example]:
-        seconds = split[texts[1]] if len(texts) == 2 else [None] * len(split)
-        rows = zip(split[texts[0]], seconds, split[label], strict=True)
-        return [(text, pair, index[value]) for text, pair, value in rows if value in index]
+    def label(value: Any) -> int | float | None:
+        return index.get(value) if not regression or value is None else float(value)
 
-    labels = [str(value) for value in names or values]
-    return TextClassification(name, labels, examples(train), examples(test))
+    def read(split: Any) -> list[Example]:
+        seconds = split[texts[1]] if len(texts) == 2 else [None] * len(split)
+        rows = zip(split[texts[0]], seconds, map(label, split[column]), strict=True)
+        return [(text, pair, found) for text, pair, found in rows if found is not None]
+
+    return [str(value) for value in (names if names and not regression else values)], read
 
 
 def load_texts(name: str = "papers") -> tuple[list[str], list[str]]:

@@ -14,7 +14,7 @@ PAIR_COLUMNS = (
     ("question1", "question2"),
     ("question", "sentence"),
 )
-LABEL_COLUMNS = ("label", "labels", "category", "class", "target")
+LABEL_COLUMNS = ("label", "labels", "category", "class", "target", "score")
 TEST_SPLITS = ("test", "validation", "validation_matched", "dev")
 
 
@@ -74,16 +74,28 @@ def text_columns(name: str, features: Any) -> tuple[str, ...]:
     return candidates[0]
 
 
-def label_column(name: str, features: Any) -> str:
-    """The column of classes: the only one of type `ClassLabel`, else one with a usual name."""
+def label_column(name: str, features: Any, scores: bool = False) -> str:
+    """The column of classes: the only one of type `ClassLabel`, else one with a usual name.
+
+    Args:
+        name: of the data set, for messages.
+        features: of its training split.
+        scores: whether numbers with a fraction may be labels as well.
+    """
     classes = [column for column in features if hasattr(features[column], "names")]
     usual = [column for column in LABEL_COLUMNS if column in features]
     if not (classes or usual):
         raise InputError(_which_column(name, "label", features, LABEL_COLUMNS))
     column = classes[0] if len(classes) == 1 else (usual or classes)[0]
-    if not _dtype(features[column]).endswith(("string", "bool")) and "int" not in _dtype(features[column]):
+    known = _dtype(features[column]).endswith(("string", "bool")) or "int" in _dtype(features[column])
+    if not known and not (scores and is_score(features[column])):
         raise InputError(f"`{name}`: column `{column}` is {features[column]}; one class per example is expected")
     return column
+
+
+def is_score(feature: Any) -> bool:
+    """Whether a column holds numbers with a fraction: something to regress on."""
+    return "float" in _dtype(feature)
 
 
 def _dtype(feature: Any) -> str:

@@ -7,7 +7,7 @@ import statistics
 import tempfile
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -64,6 +64,7 @@ def fine_tune(
     steps: int,
     batch_size: int,
     learning_rate: float,
+    settings: Mapping[str, Any] | None = None,
 ) -> tuple[Trainer, float]:
     """Trains `model` in place.
 
@@ -71,28 +72,30 @@ def fine_tune(
         train: tokenised examples.
         collator: makes a batch of them.
         title: what the lines of progress start with.
+        settings: further fields of `TrainingArguments`; they win over those set here.
 
     Returns:
         The `Trainer`, for predictions, and the median time of a step in seconds.
     """
-    arguments = TrainingArguments(
-        output_dir=tempfile.gettempdir(),  # nothing is written
-        max_steps=steps,
-        per_device_train_batch_size=batch_size,
-        per_device_eval_batch_size=4 * batch_size,
-        learning_rate=learning_rate,
-        lr_scheduler_type="linear",
-        warmup_steps=max(1, steps // 10),
-        weight_decay=0.01,
-        logging_steps=math.ceil(steps / REPORTS),
-        label_names=["labels"],
-        remove_unused_columns=False,
-        dataloader_pin_memory=torch.cuda.is_available(),
-        save_strategy="no",
-        report_to="none",
-        disable_tqdm=True,
-        seed=0,
-    )
+    fields: dict[str, Any] = {
+        "output_dir": tempfile.gettempdir(),  # nothing is written
+        "max_steps": steps,
+        "per_device_train_batch_size": batch_size,
+        "per_device_eval_batch_size": 4 * batch_size,
+        "learning_rate": learning_rate,
+        "lr_scheduler_type": "linear",
+        "warmup_steps": max(1, steps // 10),
+        "weight_decay": 0.01,
+        "logging_steps": math.ceil(steps / REPORTS),
+        "label_names": ["labels"],
+        "remove_unused_columns": False,
+        "dataloader_pin_memory": torch.cuda.is_available(),
+        "save_strategy": "no",
+        "report_to": "none",
+        "disable_tqdm": True,
+        "seed": 0,
+    }
+    arguments = TrainingArguments(**fields | dict(settings or {}))
     timer = StepTimer(title)
     trainer = Trainer(model, arguments, train_dataset=train, data_collator=collator, callbacks=[timer])
     trainer.remove_callback(PrinterCallback)

@@ -38,11 +38,11 @@ def fused_projections(
     Raises:
         ValueError: if weights cannot be read, or hold NaN or infinite values.
     """
-    originals = [read_ffn(planned.ffn) for planned in plan]
-    for planned, weights in zip(plan, originals, strict=True):
-        check_finite(weights, planned.ffn)
+    for planned in plan:
+        check_finite(read_ffn(planned.ffn), planned.ffn)
     result = []
-    for planned, weights in progress(list(zip(plan, originals, strict=True)), "Fusing FFNs"):
+    for planned in progress(plan, "Fusing FFNs"):
+        weights = read_ffn(planned.ffn)  # one at a time: what is quantised or partitioned is whole while it is read
         if recipe.method == "svd":
             result.append(_low_rank(weights, planned))
         else:

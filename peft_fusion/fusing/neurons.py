@@ -58,23 +58,28 @@ def eliminate(second_moment: Tensor, out_weight: Tensor, width: int) -> Tensor:
     Returns:
         int64 tensor of shape (width,): those left, in their original order.
     """
-    moment = second_moment.double()
-    diagonal = moment.diagonal()
-    floor = 1e-8 * diagonal.mean() + 1e-30
-    moment = moment + torch.diag(SHRINKAGE * diagonal + floor)
-    inverse = torch.cholesky_inverse(torch.linalg.cholesky(moment))
-    weights, live = out_weight.double(), torch.arange(len(moment), device=moment.device)
+    inverse = _shrunk_inverse(second_moment)
+    weights, live = out_weight.double(), torch.arange(len(inverse), device=inverse.device)
     for remaining in _schedule(len(live), width):
         cost = weights.square().sum(1) / inverse.diagonal()
         order = cost.argsort(stable=True)
         dead, kept = order[: len(live) - remaining], order[len(live) - remaining :].sort().values
         # inverse[dead, dead]^-1 times the rows of what goes, as the block inverse has it
-        solved = torch.linalg.solve(inverse[dead][:, dead], torch.cat([inverse[dead][:, kept], weights[dead]], dim=1))
-        across = inverse[kept][:, dead]
-        weights = weights[kept] - across @ solved[:, len(kept) :]
-        inverse = inverse[kept][:, kept] - across @ solved[:, : len(kept)]
+        rows = inverse[dead]
+        solved = torch.linalg.solve(rows[:, dead], torch.cat([rows[:, kept], weights[dead]], dim=1))
+        across = rows[:, kept].T
+        weights = weights[kept].addmm_(across, solved[:, len(kept) :], alpha=-1)
+        inverse = inverse[kept[:, None], kept].addmm_(across, solved[:, : len(kept)], alpha=-1)
         live = live[kept]
     return live
+
+
+def _shrunk_inverse(second_moment: Tensor) -> Tensor:
+    """The inverse, in float64, of a second moment with its diagonal raised."""
+    moment = second_moment.to(torch.float64, copy=True)
+    diagonal = moment.diagonal()
+    diagonal.add_(SHRINKAGE * diagonal + 1e-8 * diagonal.mean() + 1e-30)
+    return torch.cholesky_inverse(torch.linalg.cholesky(moment, out=moment))
 
 
 def _schedule(neurons: int, width: int) -> list[int]:

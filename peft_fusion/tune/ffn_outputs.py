@@ -123,7 +123,7 @@ def _adam(
     unit = y.square().mean()
     for step in range(1, steps + 1):
         rows = torch.randint(0, len(x), (min(BATCH_TOKENS, len(x)),), generator=generator).to(x.device)
-        loss = (run_ffn(ffn, modules, x[rows]) - y[rows]).square().mean() / unit
+        loss = (_outputs(ffn, modules, x[rows]) - y[rows]).square().mean() / unit
         adam.zero_grad()
         loss.backward()
         adam.step()
@@ -135,7 +135,24 @@ def _adam(
 @torch.no_grad()
 def _error(ffn: FFN, modules: list[nn.Module], x: Tensor, y: Tensor) -> float:
     """The relative squared error of what narrow projections put out."""
-    return float((run_ffn(ffn, modules, x) - y).square().sum() / y.square().sum().clamp(min=1e-30))
+    return float((_outputs(ffn, modules, x) - y).square().sum() / y.square().sum().clamp(min=1e-30))
+
+
+def _outputs(ffn: FFN, modules: list[nn.Module], x: Tensor) -> Tensor:
+    """What narrow projections put out, in float32; the products in bfloat16 where it is fast.
+
+    Its rounding, 0.4 % of a value, is far below what a narrow FFN misses, and the weights stay in float32.
+    """
+    with torch.autocast(x.device.type, torch.bfloat16, enabled=_fast_bfloat16(x.device)):
+        return run_ffn(ffn, modules, x).float()
+
+
+def _fast_bfloat16(device: torch.device) -> bool:
+    """Whether a device has instructions for products of bfloat16."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    capabilities: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)() if device.type == "cpu" else {}
+    return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
 
 
 def _narrow(layer: nn.Module) -> nn.Module | None:

@@ -1,0 +1,197 @@
+"""One run of compare_methods.py: a method narrows a classifier, which is measured, fine-tuned and tested."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+import train_row
+from data import load_text_classification
+from methods import head
+from models import classifier_path, load_classifier, load_tokenizer
+from paper_runs import chosen_layers
+from peft import LoraConfig, PeftModel, get_peft_model
+from torch.utils.data import DataLoader
+from training import fine_tune
+from transformers import DataCollatorWithPadding, PreTrainedModel, set_seed
+
+from peft_fusion import FusionConfig, calibrate, fidelity, tune_layers
+from peft_fusion.plan import plan_ffns
+
+LORA_RATE = 1e-3  # every other row has the learning rate that suits the full model
+BATCH = 32
+TUNING_STEPS = 100
+CALIBRATION_SENTENCES = 512
+
+
+@dataclass(frozen=True)
+class Method:
+    """How a row comes about.
+
+    Args:
+        settings: of the `FusionConfig`; None: the FFNs keep their width.
+        calibrated: whether `calibrate` sees the training inputs first.
+        tuned: whether `tune_layers(objective="hidden_states")` follows.
+        trains: without settings: "all", "ffns" (what a fused model trains: FFNs and head) or "lora".
+    """
+
+    settings: dict[str, Any] | None = field(default_factory=dict)
+    calibrated: bool = False
+    tuned: bool = False
+    trains: str = "ffns"
+
+
+PRUNING = {"method": "pruning"}
+METHODS = {
+    "full": Method(None, trains="all"),
+    "full, FFNs and head": Method(None),
+    "LoRA": Method(None, trains="lora"),
+    "random narrow FFNs": Method({"init_weights": False}),
+    "fusion": Method(),
+    "clustering": Method({"method": "clustering"}),
+    "sketch": Method({"method": "sketch"}),
+    "mmd": Method({"method": "mmd"}),
+    "svd": Method({"method": "svd"}),
+    "pruning": Method(PRUNING),
+    "fusion, tuned": Method(tuned=True),
+    "calibrated: pruning, no refit, no scale": Method({**PRUNING, "refit": "none", "scale": "none"}, True),
+    "calibrated: pruning, no scale": Method({**PRUNING, "scale": "none"}, True),
+    "calibrated: pruning": Method(PRUNING, True),
+    "calibrated: pruning, tuned": Method(PRUNING, True, True),
+    "calibrated: fusion of centroids": Method({"representative": "centroid"}, True),
+    "calibrated: fusion, no scale": Method({"scale": "none"}, True),
+    "calibrated: fusion": Method({}, True),
+    "calibrated: fusion, tuned": Method({}, True, True),
+}
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What all rows share.
+
+    Args:
+        model: Hub id or local path; None: the default MiniLM.
+        dataset: see `data.load_text_classification`.
+        steps: of fine-tuning.
+        test: most test examples; None for all.
+        layers: whose FFNs are narrowed, in words (`paper_runs.chosen_layers`).
+        learning_rate: of every row but LoRA's.
+        sentences: held-out ones that the kernels are compared on.
+        training: further fields of `TrainingArguments`.
+    """
+
+    model: str | None
+    dataset: str
+    steps: int
+    test: int | None
+    layers: str
+    learning_rate: float
+    sentences: int
+    training: dict[str, Any]
+
+
+def compare(name: str, ratio: float, seed: int, setting: Setting) -> dict[str, Any]:
+    """One run.
+
+    Args:
+        name: a key of `METHODS`.
+        ratio: fraction of each FFN's neurons that is kept.
+        seed: of the head, the sampled examples, their order and the clustering.
+        setting: what all runs share.
+
+    Returns:
+        Its figures, by column. The errors and kernels are those before fine-tuning, on test sentences.
+    """
+    method = METHODS[name]
+    task = load_text_classification(setting.dataset).sample(train=setting.steps * BATCH, test=setting.test, seed=seed)
+    path = classifier_path(setting.model)
+    tokenizer = load_tokenizer(path)
+    train, test = (train_row.tokenize(tokenizer, examples) for examples in (task.train, task.test))
+    collator = DataCollatorWithPadding(tokenizer)
+    batches = DataLoader(train, BATCH, collate_fn=collator)  # type: ignore[arg-type]
+    held_out = DataLoader(test[: setting.sentences], 16, collate_fn=collator)  # type: ignore[arg-type]
+    model = load_classifier(path, len(task.labels), seed)
+    set_seed(seed)
+    started = time.perf_counter()
+    trained = prepare(model, method, ratio, seed, setting, batches)
+    figures: dict[str, Any] = {"seconds to fuse": time.perf_counter() - started}
+    if method.tuned:
+        figures |= tune(trained, batches, held_out, setting)
+    if method.settings is not None and seed == 0:
+        figures |= closeness(trained, held_out, setting)
+    trainer, seconds = fine_tune(
+        trained,
+        train,
+        collator,
+        title=name,
+        steps=setting.steps,
+        batch_size=BATCH,
+        learning_rate=LORA_RATE if method.trains == "lora" else setting.learning_rate,
+        settings={"seed": seed, **setting.training},
+    )
+    figures |= {"seconds a step": seconds, "parameters (M)": parameters(trained), "examples": len(test)}
+    return figures | {"accuracy": train_row.accuracy(trainer, test), "majority": task.majority()}
+
+
+def prepare(
+    model: PreTrainedModel,
+    method: Method,
+    ratio: float,
+    seed: int,
+    setting: Setting,
+    batches: Iterable[dict[str, Any]],
+) -> PreTrainedModel | PeftModel:
+    """The model to train, with what is to train requiring gradients."""
+    layers = chosen_layers(setting.layers, model.config.num_hidden_layers)
+    if method.settings is not None:
+        where = {"layers_to_transform": layers, "modules_to_save": head(model)}
+        config = FusionConfig(task_type="SEQ_CLS", ratio=ratio, seed=seed, **where, **method.settings)
+        if method.calibrated:
+            calibrate(model, config, batches, sequences=CALIBRATION_SENTENCES)
+        return get_peft_model(model, config)
+    if method.trains == "lora":
+        return get_peft_model(model, LoraConfig(task_type="SEQ_CLS", r=16, lora_alpha=32, target_modules="all-linear"))
+    if method.trains == "ffns":
+        planned = plan_ffns(model, FusionConfig(layers_to_transform=layers))
+        model.requires_grad_(False)
+        for module in [projection for p in planned for projection in p.ffn.projections]:
+            module.requires_grad_(True)
+        for name in [*head(model), "classifier"]:
+            model.get_submodule(name).requires_grad_(True)
+    return model
+
+
+def tune(
+    model: PeftModel, batches: Iterable[dict[str, Any]], held_out: Iterable[dict[str, Any]], setting: Setting
+) -> dict[str, float]:
+    """The paper's layer-wise tuning; what it does to the hidden states of sentences that it has not seen."""
+    before = fidelity(model, held_out, sentences=1).hidden_states.relative
+    started = time.perf_counter()
+    tune_layers(
+        model,
+        batches,
+        objective="hidden_states",
+        steps=min(TUNING_STEPS, setting.steps),
+        learning_rate=setting.learning_rate,
+    )
+    seconds = time.perf_counter() - started
+    after = fidelity(model, held_out, sentences=1).hidden_states.relative
+    return {"hidden-state error, tuned / before": after / before, "seconds to tune": seconds}
+
+
+def closeness(model: PeftModel, held_out: Iterable[dict[str, Any]], setting: Setting) -> dict[str, float]:
+    """How near the narrow model is to the original, in outputs and in tangent kernels."""
+    report = fidelity(model, held_out, sentences=setting.sentences)
+    return {
+        "FFN output error": sum(ffn.output.relative for ffn in report.ffns) / len(report.ffns),
+        "hidden-state error": report.hidden_states.relative,
+        "Adam-NTK error": report.ntk.adam.relative,
+        "Adam-NTK cosine": report.ntk.adam.cosine,
+    }
+
+
+def parameters(model: PreTrainedModel | PeftModel) -> float:
+    """Parameters that train, in millions."""
+    return sum(p.numel() for p in model.parameters() if p.requires_grad) / 1e6
