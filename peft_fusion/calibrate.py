@@ -1,8 +1,8 @@
 """`calibrate`: one pass over a few batches, for a narrow FFN that does on real inputs what the original does.
 
 Every FFN's second moments of hidden activations are accumulated (products only, four bytes times the square of its
-width), and the inputs of a few held-out tokens are kept to choose by. They stay on the model until
-`get_peft_model` uses them, and are freed then.
+width), and the inputs of a few held-out tokens are kept to choose by, and some with their gradients to scale by. They
+stay on the model until `get_peft_model` uses them, and are freed then.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from .config import FusionConfig
 from .ffn import features, read_ffn
 from .fusing.statistics import FFNStatistics
+from .gradients import MOST_SENTENCES, add_tangents, sentences_for
 from .layer import FusionLayer
 from .own_inputs import own_inputs
 from .plan import PlannedFFN, plan_ffns
@@ -59,8 +60,13 @@ def calibrate(
     The best inputs are those that the model will be fine-tuned on, then other text, then what a causal LM samples
     itself, then random tokens. 128 sequences suffice. Padding is left out where `attention_mask` says so.
 
+    Then come a few backward passes of a random projection of the model's output, a sentence at a time, for the
+    scales of the narrow FFNs; no labels are needed. A model that has no gradients is fused without them.
+
     Memory beyond the model's: 4 * width ** 2 bytes an FFN, and 2048 inputs an FFN in the model's dtype. What is on
-    a GPU is moved to CPU memory after each pass.
+    a GPU is moved to CPU memory after each pass. For the scales, the activations that the backward pass of one
+    sentence needs, and 2048 inputs and gradients an FFN in CPU memory (of 4 sentences, if those are longer), twice
+    until `calibrate` is through.
 
     Args:
         model: the model to be fused, with or without fusion adapters.
@@ -86,7 +92,8 @@ def calibrate(
         batches: Iterable[Batch] = dataloader if dataloader is not None else _own(model, sequences, length, config)
         for start in range(0, len(planned), ffns_per_pass or len(planned)):
             group = planned[start : start + (ffns_per_pass or len(planned))]
-            seen = _record(model, group, batches, sequences, statistics)
+            seen, sentences = _record(model, group, batches, sequences, statistics)
+        add_tangents(model, planned, sentences[: sentences_for(seen)], statistics, config.seed + 1)
     tokens = max(s.tokens + s.held_out_tokens for s in statistics.values())
     source = "the model's own inputs" if dataloader is None else "data"
     found = Calibration(statistics, _checksums(planned), f"{seen} sequences, {tokens} tokens of {source}")
@@ -138,9 +145,13 @@ def _record(
     batches: Iterable[Batch],
     sequences: int,
     statistics: dict[str, FFNStatistics],
-) -> int:
-    """Runs batches through the model, adds the statistics of some of its FFNs, and returns the sequences seen."""
-    recorder = Recorder({p.ffn.name: _empty(p) for p in planned}, _decodes(model))
+) -> tuple[int, list[Batch]]:
+    """Runs batches through the model and adds the statistics of some of its FFNs.
+
+    Returns:
+        The number of sequences seen, and some held-out ones.
+    """
+    recorder = Recorder({p.ffn.name: _empty(p) for p in planned}, _decodes(model), MOST_SENTENCES)
     seen = 0
     with ExitStack() as hooks:
         for p in planned:
@@ -154,7 +165,7 @@ def _record(
                 break
     recorder.check(seen)
     statistics.update({name: statistic.cpu() for name, statistic in recorder.statistics.items()})
-    return seen
+    return seen, recorder.sentences
 
 
 def _decodes(model: nn.Module) -> bool:

@@ -26,10 +26,13 @@ class Recorder:
     Args:
         statistics: FFN name -> what to add to.
         decodes: whether the model is an encoder-decoder, whose decoder has a mask of its own.
+        sentences: how many held-out sequences to keep as they are, in `sentences`.
     """
 
-    def __init__(self, statistics: dict[str, FFNStatistics], decodes: bool) -> None:
+    def __init__(self, statistics: dict[str, FFNStatistics], decodes: bool, sentences: int = 0) -> None:
         self.statistics, self._decodes = statistics, decodes
+        self.sentences: list[Mapping[str, Tensor]] = []
+        self._most_sentences = sentences
         self._masks: dict[str, Tensor | None] = {}
         self._size, self._first = 0, 0
 
@@ -58,6 +61,9 @@ class Recorder:
             decoder = batch["labels"] != -100
         self._masks = {"encoder": batch.get("attention_mask"), "decoder": decoder}
         self._size, self._first = len(next(iter(batch.values()))), seen
+        for i in range((HELD_OUT - 1 - seen) % HELD_OUT, self._size, HELD_OUT):
+            if len(self.sentences) < self._most_sentences:
+                self.sentences.append(_single(batch, i, self._size))
         return self._size
 
     def inputs_hook(self, name: str) -> Hook:
@@ -117,3 +123,8 @@ class Recorder:
         sequence = self._first + torch.arange(count, device=device) * self._size // max(count, 1)
         held_out = sequence % HELD_OUT == HELD_OUT - 1
         return tokens, valid & ~held_out, valid & held_out
+
+
+def _single(batch: Mapping[str, Tensor], index: int, size: int) -> Mapping[str, Tensor]:
+    """One of a batch's sequences as a batch of its own; copies, so that the others need not be kept."""
+    return {k: v[index : index + 1].clone() if v.dim() and len(v) == size else v for k, v in batch.items()}

@@ -8,10 +8,15 @@ from architectures import ARCHITECTURES, BY_NAME
 from peft import get_peft_model
 from torch import nn
 
-from peft_fusion import FusionConfig
+from peft_fusion import FusionConfig, fidelity
 from peft_fusion.calibrate import calibrate, calibration_for
-from peft_fusion.ffn import find_ffns
+from peft_fusion.ffn import find_activation, find_ffns, read_ffn
+from peft_fusion.fidelity import _random_projection
+from peft_fusion.fidelity.ntk import tangent_kernels
+from peft_fusion.fidelity.pair import Side
 from peft_fusion.fusing.statistics import SAMPLE_TOKENS, FFNStatistics
+from peft_fusion.fusing.tangent import TokenGradients, adam_kernels
+from peft_fusion.gradients import FEWEST_SENTENCES, MAGNIFIED, MOST_SENTENCES, sentences_for
 from peft_fusion.plan import plan_ffns
 
 
@@ -185,3 +190,96 @@ def test_a_model_without_a_vocabulary_needs_data():
     model.fc1, model.fc2 = nn.Linear(8, 32), nn.Linear(32, 8)
     with pytest.raises(ValueError, match="no `config.vocab_size`.*Pass a `dataloader`"):
         calibrate(model, FusionConfig())
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES, ids=lambda a: a.name)
+@pytest.mark.filterwarnings("error:No gradients")
+def test_the_original_kernels_are_those_of_fidelity(architecture):
+    model, config = architecture.make(), FusionConfig(ratio=0.5)
+    data = batches(architecture)
+    calibrate(model, config, data)
+    side = Side(model, find_ffns(model), fused=False)
+    sentences = [{k: v[3:4] for k, v in batch.items() if k != "labels" or side.decodes} for batch in data]
+    expected = tangent_kernels(side, sentences, _random_projection(side, config.seed + 1), 2**28)
+    for ffn in side.ffns:
+        tangents = found(model, config)[ffn.name].tangents
+        assert tangents is not None and len(tangents.tokens.counts) == 3
+        *ins, out = tangents.kernels
+        total = sum(expected[ffn.name, path].adam for path in ffn.layout.in_projections)
+        torch.testing.assert_close(sum(ins).double() / MAGNIFIED, total, rtol=1e-3, atol=1e-6)
+        if read_ffn(ffn).out_bias is None:  # which no scale multiplies
+            theirs = expected[ffn.name, ffn.layout.out_projection].adam
+            torch.testing.assert_close(out.double() / MAGNIFIED, theirs, rtol=1e-3, atol=1e-6)
+
+
+def test_gradients_are_those_of_a_model_that_is_narrow():
+    llama, config = BY_NAME["llama"], FusionConfig(ratio=0.5)
+    model, full = llama.make(), FusionConfig(ratio=1.0)
+    calibrate(model, full, batches(llama))
+    for ffn in find_ffns(model):  # where nothing is narrowed, the stand-ins are the originals
+        tangents = found(model, full)[ffn.name].tangents
+        same = adam_kernels(read_ffn(ffn), find_activation(ffn), tangents.tokens)
+        for kernel, expected in zip(same, tangents.kernels, strict=True):
+            torch.testing.assert_close(kernel, expected)
+    wide: dict[str, TokenGradients] = {name: s.tangents.tokens for name, s in found(model, full).items()}
+    calibrate(model, config, batches(llama))
+    first, second, *_ = (found(model, config)[name].tangents.tokens for name in wide)
+    before = list(wide.values())
+    assert torch.equal(first.inputs, before[0].inputs) and not torch.equal(first.gradients, before[0].gradients)
+    assert not torch.equal(second.inputs, before[1].inputs)
+
+
+def test_gradients_lower_the_kernel_error_on_other_sentences():
+    bert, config = BY_NAME["bert"], FusionConfig(ratio=0.25)
+    errors = []
+    for use in (True, False):
+        model = bert.make()
+        calibrate(model, config, batches(bert, count=16))
+        for statistic in found(model, config).values():
+            statistic.tangents = statistic.tangents if use else None
+        fused = get_peft_model(model, config)
+        errors.append(fidelity(fused, [bert.batch(seed=100 + i, size=4) for i in range(4)]).ntk.adam.relative)
+    assert errors[0] < 0.8 * errors[1]
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_a_model_without_gradients_is_fused_without_them(training, unchanged):
+    bert, config = BY_NAME["bert"], FusionConfig(ratio=0.5)
+    model = bert.make().train(training)
+    forward = model.classifier.forward
+    model.classifier.forward = torch.no_grad()(forward)
+    check = unchanged(model)
+    with pytest.warns(UserWarning, match="No gradients could be taken through .*estimated without them: RuntimeError"):
+        calibrate(model, config, batches(bert))
+    check()
+    assert all(not module._forward_hooks and not module._forward_pre_hooks for module in model.modules())
+    assert all(statistic.tangents is None for statistic in found(model, config).values())
+    get_peft_model(model, config)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.filterwarnings("error:No gradients")
+def test_gradients_of_a_model_in_half_precision_leave_no_trace(dtype, unchanged):
+    bert, config = BY_NAME["bert"], FusionConfig(ratio=0.5)
+    model = bert.make().to(dtype).train()
+    model.bert.embeddings.requires_grad_(False)
+    check = unchanged(model)
+    calibrate(model, config, batches(bert))
+    check()
+    assert all(parameter.grad is None for parameter in model.parameters())
+    for statistic in found(model, config).values():
+        assert statistic.tangents.tokens.gradients.dtype == dtype
+        assert all(bool(kernel.isfinite().all()) and bool(kernel.any()) for kernel in statistic.tangents.kernels)
+
+
+def test_the_sentences_with_gradients_are_bounded(monkeypatch):
+    bert, config = BY_NAME["bert"], FusionConfig(ratio=0.5)
+    model = bert.make()
+    calibrate(model, config, batches(bert, count=40, size=3))
+    counts = next(iter(found(model, config).values())).tangents.tokens.counts
+    assert len(counts) == FEWEST_SENTENCES == sentences_for(120) and sentences_for(10**6) == MOST_SENTENCES
+    monkeypatch.setattr("peft_fusion.gradients.MOST_TOKENS", 7)
+    calibrate(model, config, batches(bert, count=40, size=3))
+    assert len(next(iter(found(model, config).values())).tangents.tokens.counts) == 4
+    calibrate(model, config, batches(bert, count=1))
+    assert next(iter(found(model, config).values())).tangents is None  # one sentence has no kernel

@@ -15,8 +15,9 @@ from ..ffn import FFN
 from ..layer import FusionLayer
 from ..narrow import NarrowOutProjection
 from ..progress import progress
-from .ntk import Function, Kernels, tangent_kernels
-from .outputs import OutputErrors, main_output, padding_mask
+from .function import Function, random_projection
+from .ntk import Kernels, tangent_kernels
+from .outputs import OutputErrors
 from .pair import Batch, Side, active_narrow, linear_modules, pair
 from .report import FFNFidelity, Fidelity, KernelError, NTKError, OutputError
 
@@ -78,7 +79,7 @@ def fidelity(
         singles += islice(_single_sentences(batch), sentences - len(singles))
     if first is None:
         raise ValueError("The dataloader yields no batch: give one that can be iterated anew, with at least one batch.")
-    function = function or _random_projection(fused, seed)
+    function = function or random_projection(fused, seed)
     kernels = [tangent_kernels(side, singles, function, memory) for side in (original, fused)]
     ffns = [_ffn_fidelity(*ffns, errors, *kernels) for ffns in zip(original.ffns, fused.ffns, strict=True)]
     whole = [sum(list(k.values())[1:], next(iter(k.values()))) for k in kernels]
@@ -117,24 +118,6 @@ def _single_sentences(batch: Batch) -> Iterator[Batch]:
             key: value[i : i + 1] if isinstance(value, Tensor) and len(value) == size else value
             for key, value in batch.items()
         }
-
-
-def _random_projection(side: Side, seed: int) -> Function:
-    """The default f; see `fidelity`."""
-
-    def function(output: Any, sentence: Batch) -> Tensor:
-        value = main_output(output)
-        assert value is not None
-        value = value.to(torch.promote_types(value.dtype, torch.float32))
-        dim = value.shape[-1]
-        direction = torch.randn(dim, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-        if getattr(output, "logits", None) is not None and dim > 1:
-            direction -= direction.mean()
-        projected = value @ (direction / direction.norm()).to(value)
-        mask = padding_mask(sentence, value.shape, side.decodes)
-        return projected.mean() if mask is None else projected[mask.to(projected.device)].mean()
-
-    return function
 
 
 def _ffn_fidelity(original: FFN, fused: FFN, errors: OutputErrors, before: Any, after: Any) -> FFNFidelity:

@@ -10,10 +10,9 @@ their products added to the kernels
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -21,12 +20,12 @@ from torch import Tensor, nn
 from ..ffn import FFN
 from ..narrow import LowRankProjection, NarrowInProjection, NarrowOutProjection
 from ..progress import progress
+from .function import Function
 from .pair import Batch, Side, linear_modules
 
 ROWS_MEMORY = 2**26
 """Bytes of gradients that are formed at a time."""
 
-Function = Callable[[Any, Batch], Tensor]
 Token = tuple[Tensor, Tensor]
 
 

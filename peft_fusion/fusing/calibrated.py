@@ -100,7 +100,8 @@ def fuse_calibrated(
     else:
         narrow = _centroids(known, clusters(), degree, refit)
     if scale == "ntk":
-        narrow = match_tangent_kernel(known.weights, narrow.folded(), activation, known.inputs)
+        folded = narrow.folded()
+        narrow = match_tangent_kernel(known.weights, folded, activation, known.inputs, statistics.tangents)
     return NarrowFFN(cast(narrow.weights, weights.out_weight.dtype), narrow.scale, narrow.in_scales)
 
 

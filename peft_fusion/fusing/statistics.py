@@ -5,14 +5,16 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .tangent import Tangents
+
 SAMPLE_TOKENS = 2048
 """Held-out tokens whose inputs are kept, in the model's dtype: 4.7 MB an FFN at 576 dimensions in float32."""
 
 
 class FFNStatistics:
-    """Second moments of an FFN's hidden activations and a sample of its inputs.
+    """Second moments of an FFN's hidden activations, a sample of its inputs, and what its scales are fitted to.
 
-    Memory: 4 * neurons ** 2 bytes for the products, and `SAMPLE_TOKENS` inputs.
+    Memory: 4 * neurons ** 2 bytes for the products, `SAMPLE_TOKENS` inputs, and the `tangents` once they are set.
 
     Args:
         width: the FFN's neurons.
@@ -27,6 +29,7 @@ class FFNStatistics:
         self.width, self.in_dim = width, in_dim
         self._held_out: list[Tensor] = []
         self.held_out_tokens = 0
+        self.tangents: Tangents | None = None
 
     def add(self, hidden: Tensor) -> None:
         """Adds the hidden activations of training tokens.

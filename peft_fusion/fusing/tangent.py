@@ -2,24 +2,97 @@
 
 With the function fixed, the weights can be held smaller and multiplied by fixed scales in the forward pass: s after
 the activation, t_k behind in-projection k. Adam moves every weight by about the learning rate, so the weights'
-part of the kernel <grad f, sign grad f> grows by that scale. With d the gradient that comes back to the FFN's output,
+part of the kernel <grad f, sign grad f> grows by that scale. With d_t the gradient that comes back to the FFN's output
+at token t of a sentence,
 
-    out-weights:   the gradient is h_i d,                 its L1 norm   sum_i |h_i| |d|_1
-    in-weights k:  the gradient is h'_ki <w2_i, d> x,     its L1 norm   sum_i |h'_ki| |<w2_i, d>| |x|_1
+    out-weights:   the gradient is  sum_t h_it d_t
+    in-weights k:  the gradient is  sum_t h'_kit <w2_i, d_t> [x_t | 1]
 
-Over the tokens of a sentence the d differ in sign, so |h_i| adds up like its root mean square; and for a d of no
-preferred direction |<w2_i, d>| is proportional to |w2_i|. The scales are the original's sums over the narrow one's.
+Where calibration took gradients, the kernels of both FFNs are formed, and each scale is the least-squares factor from
+the narrow one's to the original's. Where there are none, only the gradients' L1 norms are matched: over the tokens
+the d differ in sign, so |h_i| adds up like its root mean square, and for a d of no preferred direction
+|<w2_i, d>| is proportional to |w2_i|.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
 from torch import Tensor
 
 from .activations import Activation, look_inside
 from .weights import FFNWeights, NarrowFFN
 
+BLOCK_MEMORY = 2**26
+"""Bytes of gradients that are formed at a time."""
 
-def match_tangent_kernel(original: FFNWeights, narrow: FFNWeights, activation: Activation, inputs: Tensor) -> NarrowFFN:
+SENTENCES = 64
+"""The kernel over so many sentences is matched, as far as fewer can tell; of more, the diagonal hardly counts."""
+
+MOST = 4.0
+"""How far, as a factor, a scale fitted to few sentences may be from the one of the L1 norms."""
+
+
+@dataclass(frozen=True)
+class TokenGradients:
+    """What goes into an FFN, and the gradient that comes back to its output, over some sentences.
+
+    Args:
+        inputs: tensor of shape (tokens, in_dim).
+        gradients: tensor of shape (tokens, out_dim).
+        counts: each sentence's tokens, which follow one another.
+    """
+
+    inputs: Tensor
+    gradients: Tensor
+    counts: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Tangents:
+    """What the scales are fitted to.
+
+    Args:
+        kernels: the original's Adam kernels, of each in-projection and of the out-projection.
+        tokens: what the FFN would get if every FFN were narrow.
+    """
+
+    kernels: tuple[Tensor, ...]
+    tokens: TokenGradients
+
+
+def adam_kernels(weights: FFNWeights, activation: Activation, tokens: TokenGradients) -> tuple[Tensor, ...]:
+    """The kernels <grad f(n), sign grad f(m)> of an FFN's projections over sentences n, m (paper, section 4).
+
+    The out-bias, which no scale multiplies, is left out; memory: `BLOCK_MEMORY`, and hidden activations of the tokens.
+
+    Args:
+        weights: the FFN's weights.
+        activation: its activation function.
+        tokens: over n sentences.
+
+    Returns:
+        For each in-projection, then for the out-projection, a float32 tensor of shape (n, n).
+    """
+    inside = look_inside(weights, activation, tokens.inputs.to(weights.out_weight.device))
+    x, d = tokens.inputs.to(inside.hidden), tokens.gradients.to(inside.hidden)
+    back = d @ weights.out_weight.to(d).T
+    kernels = []
+    for slope, bias in zip(inside.slopes, weights.in_biases, strict=True):
+        seen = x if bias is None else torch.cat([x, x.new_ones(len(x), 1)], dim=1)
+        kernels.append(_adam_kernel(seen, slope * back, tokens.counts))
+    return (*kernels, _adam_kernel(d, inside.hidden, tokens.counts))
+
+
+def match_tangent_kernel(
+    original: FFNWeights,
+    narrow: FFNWeights,
+    activation: Activation,
+    inputs: Tensor,
+    tangents: Tangents | None = None,
+) -> NarrowFFN:
     """Splits the weights of a narrow FFN into smaller ones and fixed scales, the function unchanged.
 
     Args:
@@ -27,13 +100,19 @@ def match_tangent_kernel(original: FFNWeights, narrow: FFNWeights, activation: A
         narrow: the narrow FFN's, of the same function as the result.
         activation: the activation function.
         inputs: tensor of shape (tokens, in_dim) from calibration.
+        tangents: the original's kernels, from calibration; None: match the L1 norms.
 
     Returns:
         The narrow FFN with its scales, in the dtype of `narrow`.
     """
     wide_sizes, narrow_sizes = _sizes(original, activation, inputs), _sizes(narrow, activation, inputs)
-    ratios = [wide / max(small, 1e-30) for wide, small in zip(wide_sizes, narrow_sizes, strict=True)]
-    *ins, out = [ratio if ratio > 0 else 1.0 for ratio in ratios]
+    scales = [wide / max(small, 1e-30) for wide, small in zip(wide_sizes, narrow_sizes, strict=True)]
+    scales = [scale if scale > 0 else 1.0 for scale in scales]
+    if tangents is not None:
+        kernels = adam_kernels(narrow, activation, tangents.tokens)
+        fits = [_factor(wide, small) for wide, small in zip(tangents.kernels, kernels, strict=True)]
+        scales = [_near(fit, scale) for fit, scale in zip(fits, scales, strict=True)]
+    *ins, out = scales
     weights = FFNWeights(
         tuple(w / t for w, t in zip(narrow.in_weights, ins, strict=True)),
         tuple(None if b is None else b / t for b, t in zip(narrow.in_biases, ins, strict=True)),
@@ -42,6 +121,34 @@ def match_tangent_kernel(original: FFNWeights, narrow: FFNWeights, activation: A
     )
     ones = narrow.out_weight.new_ones(narrow.width).float()
     return NarrowFFN(weights, ones * out, tuple(ones * t for t in ins))
+
+
+def _adam_kernel(x: Tensor, gradient: Tensor, counts: Sequence[int]) -> Tensor:
+    """The Adam kernel of a matrix whose gradient is sum_t gradient_t x_t^T, a few of its rows at a time."""
+    pieces, n = x.split(list(counts)), len(counts)
+    kernel = x.new_zeros(n, n)
+    rows = max(1, BLOCK_MEMORY // (2 * n * x.shape[1] * x.element_size()))  # 2: the gradients and their signs
+    for block in gradient.split(rows, dim=1):
+        split = block.split(list(counts))
+        formed = torch.stack([g.T @ p for g, p in zip(split, pieces, strict=True)]).flatten(1)
+        kernel += formed @ formed.sign().T
+    return kernel.float()
+
+
+def _factor(wide: Tensor, small: Tensor) -> float:
+    """The least-squares factor from one kernel to another, NaN if there is none.
+
+    The diagonal weighs as little as it does among more sentences: training sees many, and their kernel is almost
+    all off its diagonal.
+    """
+    small, n = small.to(wide.device), len(wide)
+    weight = torch.ones_like(wide).fill_diagonal_(min(1.0, (n - 1) / (SENTENCES - 1))) * small
+    return float((weight * wide).sum(dtype=torch.float64) / (weight * small).sum(dtype=torch.float64))
+
+
+def _near(fit: float, scale: float) -> float:
+    """A fitted scale, if it is a number, held near one that needs no fit."""
+    return min(max(fit, scale / MOST), scale * MOST) if fit == fit else scale
 
 
 def _sizes(weights: FFNWeights, activation: Activation, inputs: Tensor) -> list[float]:
