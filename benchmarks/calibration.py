@@ -38,6 +38,7 @@ def main() -> None:
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the figures to FILE")
+    parser.add_argument("--sequences", type=int, default=128, help="of 256 tokens (default: %(default)s)")
     parser.add_argument("--smoke", action="store_true", help="few and short sequences: does it work?")
     return parser.parse_args()
 
@@ -53,7 +54,7 @@ def measure(options: argparse.Namespace) -> dict[str, float]:
 
     from peft_fusion import FusionConfig, calibrate
 
-    length, sequences = (32, 4) if options.smoke else (256, 128)
+    length, sequences = (32, 4) if options.smoke else (256, options.sequences)
     before = start_peak()
     model, tokenizer = load_causal_lm(None)
     size = sum(p.numel() * p.element_size() for p in model.parameters())

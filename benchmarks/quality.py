@@ -19,6 +19,7 @@ import json
 import statistics
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +43,7 @@ from training import be_quiet  # noqa: E402
 
 LAYERS = list(range(14, 30))
 LENGTH = 256  # tokens of a calibration sequence
+TUNING_TOKENS, TUNING_STEPS = 2**16, 600
 TUNED = ("fusion", "pruning by saliency, refit")
 
 # row -> (settings of the configuration, or None for no fusion; whether it is calibrated)
@@ -100,15 +102,15 @@ class SmolLM2:
         self.options, small = options, options.smoke
         self.model, tokenizer = load_causal_lm(None)
         papers = load_texts()
-        self.held_out = causal_lm.blocks(tokenizer, papers[1], 512)[: 4 if small else 32]
-        self.compared = draw(causal_lm.blocks(tokenizer, papers[1], 64), 4 if small else 32)
-        self.sequences = 8 if small else 128
+        self.held_out = causal_lm.blocks(tokenizer, papers[1], 512)[: 4 if small else 24]
+        self.compared = draw(causal_lm.blocks(tokenizer, papers[1], 64), 4 if small else 24)
+        self.sequences = 8 if small else 128  # to calibrate on; as many again to tune on
         self.batches: list[dict[str, torch.Tensor]]
         if options.text == "own":
-            self.batches = list(own_inputs(self.model, self.sequences, LENGTH, seed=0))
+            self.batches = list(own_inputs(self.model, 2 * self.sequences, LENGTH, seed=0))
         else:
             texts = other_text() if options.text == "other" else papers[0]
-            blocks = causal_lm.blocks(tokenizer, texts, LENGTH)[: self.sequences]
+            blocks = causal_lm.blocks(tokenizer, texts, LENGTH)[: 2 * self.sequences]
             self.batches = list(DataLoader(blocks, 8, collate_fn=default_data_collator))  # type: ignore[arg-type]
         self.calibration: Any = None
 
@@ -151,7 +153,7 @@ class SmolLM2:
     def tune(self, fused: PeftModel) -> Row:
         """What `tune_layers(objective="ffn")` makes of it."""
         started = time.perf_counter()
-        errors = tune_layers(fused, self.batches, steps=5 if self.options.smoke else None)
+        errors = tune_layers(fused, self.batches, tokens=TUNING_TOKENS, steps=5 if self.options.smoke else TUNING_STEPS)
         seconds = time.perf_counter() - started
         ratio = statistics.mean(after / before for before, after in errors.values())
         perplexity = causal_lm.perplexity(fused, self.held_out)
@@ -159,14 +161,14 @@ class SmolLM2:
 
 
 def share_calibration(task: SmolLM2, config: FusionConfig) -> None:
-    """Calibrates once and gives every variant the same statistics, which a fusion uses up."""
+    """Calibrates once and gives every variant the same statistics; a fusion uses up what it is given."""
     model: PreTrainedModel | nn.Module = task.model
     if task.calibration is None:
         started = time.perf_counter()
         calibrate(model, config, task.batches, sequences=task.sequences)
         task.calibration = model._mlp_fusion_calibration
         print(f"calibrated on {task.calibration.source} in {time.perf_counter() - started:.0f} s", flush=True)
-    model._mlp_fusion_calibration = task.calibration
+    model._mlp_fusion_calibration = replace(task.calibration, statistics=dict(task.calibration.statistics))
 
 
 def other_text() -> list[str]:

@@ -45,6 +45,10 @@ class Calibration:
     checksums: dict[str, float]
     source: str
 
+    def take(self, name: str) -> FFNStatistics:
+        """The statistics of an FFN, which are given away: they are freed once the FFN is fused."""
+        return self.statistics.pop(name)
+
 
 def calibrate(
     model: nn.Module,
@@ -65,8 +69,7 @@ def calibrate(
 
     Memory beyond the model's: 4 * width ** 2 bytes an FFN, and 2048 inputs an FFN in the model's dtype. What is on
     a GPU is moved to CPU memory after each pass. For the scales, the activations that the backward pass of one
-    sentence needs, and 2048 inputs and gradients an FFN in CPU memory (of 4 sentences, if those are longer), twice
-    until `calibrate` is through.
+    sentence needs (of its first 64 tokens), and 1024 inputs and gradients an FFN in CPU memory.
 
     Args:
         model: the model to be fused, with or without fusion adapters.
@@ -109,6 +112,8 @@ def calibration_for(model: nn.Module, planned: Sequence[PlannedFFN]) -> Calibrat
     found: Calibration | None = getattr(model, _ATTRIBUTE, None)
     if found is None:
         return None
+    if found.statistics.keys() != found.checksums.keys():
+        raise ValueError("A fusion that did not finish has used the calibration up. Call `calibrate` again.")
     missing = [p.ffn.name for p in planned if p.ffn.name not in found.statistics]
     if missing:
         raise ValueError(

@@ -27,8 +27,8 @@ from .progress import progress
 MOST_SENTENCES, FEWEST_SENTENCES = 24, 6
 """Sentences to take gradients of: one of 20 that calibration sees, within these bounds."""
 
-MOST_TOKENS, SENTENCES_AT_LEAST = 2048, 4
-"""Where sentences are long, fewer of them: no more than so many tokens together, but so many sentences anyway."""
+MOST_LENGTH, MOST_TOKENS = 64, 1024
+"""Tokens that count of a sentence, the first ones, and of all together: a backward pass holds a whole graph."""
 
 MAGNIFIED = 1024.0
 """f is multiplied by this, so that gradients in half precision do not vanish; the scales do not depend on it."""
@@ -48,7 +48,7 @@ def add_tangents(
 
     f is a random projection of what the model puts out, as in `fidelity`; no labels are needed. One forward and one
     backward pass a sentence through the original, and as many with the stand-ins. Memory: the graph of one sentence;
-    then an FFN's inputs and their gradients, in CPU memory, of `MOST_TOKENS` tokens, twice while this runs.
+    then an FFN's inputs and their gradients, in CPU memory, of `MOST_TOKENS` tokens.
 
     Args:
         model: the model in eval mode, showing its original FFNs.
@@ -92,7 +92,7 @@ def _gradients(side: Side, planned: Sequence[PlannedFFN], sentences: Sequence[Ba
     found: dict[str, list[tuple[Tensor, Tensor]]] = {p.ffn.name: [] for p in planned}
     most = 0
     for count, sentence in enumerate(progress(sentences, "Taking gradients")):
-        if most >= MOST_TOKENS and count >= SENTENCES_AT_LEAST:
+        if most >= MOST_TOKENS and count >= 2:  # a kernel is between sentences
             break
         for name, tokens in _of_sentence(side, planned, sentence, function).items():
             found[name].append(tokens)
@@ -108,7 +108,7 @@ def _of_sentence(
     Tokens without a gradient, padding above all, are left out.
     """
     keep_labels = side.decodes and "decoder_input_ids" not in sentence
-    batch = {key: value for key, value in sentence.items() if key != "labels" or keep_labels}
+    batch = _shortened({key: value for key, value in sentence.items() if key != "labels" or keep_labels})
     calls: list[tuple[str, Tensor, Tensor]] = []
     with torch.enable_grad(), _recording(planned, calls):
         value = function(side(batch, hidden_states=False), batch) * MAGNIFIED
@@ -119,6 +119,16 @@ def _of_sentence(
         acts = (d != 0).any(1)
         found[name].append((x.detach().flatten(0, -2)[acts].cpu(), d[acts].cpu()))
     return {name: _joined(tokens) for name, tokens in found.items()}
+
+
+def _shortened(sentence: Batch) -> Batch:
+    """A batch of one text, cut to its first tokens that are not padding; other inputs stay as they are."""
+    ids, mask = sentence.get("input_ids"), sentence.get("attention_mask")
+    if ids is None or ids.dim() != 2:
+        return sentence
+    start = int(mask[0].argmax()) if mask is not None and mask.shape == ids.shape else 0
+    window = slice(start, start + MOST_LENGTH)
+    return {k: v[:, window] if v.dim() == 2 and v.shape == ids.shape else v for k, v in sentence.items()}
 
 
 def _no_tokens(ffn: FFN) -> tuple[Tensor, Tensor]:

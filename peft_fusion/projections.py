@@ -69,7 +69,7 @@ def _narrow_ffn(
         return fuse_calibrated(
             weights,
             planned.width,
-            calibration.statistics[planned.ffn.name],
+            calibration.take(planned.ffn.name),
             find_activation(planned.ffn),
             method=recipe.method,
             kernel=recipe.kernel,

@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from architectures import ARCHITECTURES, BY_NAME
 from peft import get_peft_model
+from test_lifecycle import half, logits
 from torch import nn
 
-from peft_fusion import FusionConfig, fidelity
+from peft_fusion import FusionConfig, fidelity, projections
 from peft_fusion.calibrate import calibrate, calibration_for
 from peft_fusion.ffn import find_activation, find_ffns, read_ffn
-from peft_fusion.fidelity import _random_projection
+from peft_fusion.fidelity.function import random_projection
 from peft_fusion.fidelity.ntk import tangent_kernels
 from peft_fusion.fidelity.pair import Side
 from peft_fusion.fusing.statistics import SAMPLE_TOKENS, FFNStatistics
 from peft_fusion.fusing.tangent import TokenGradients, adam_kernels
-from peft_fusion.gradients import FEWEST_SENTENCES, MAGNIFIED, MOST_SENTENCES, sentences_for
+from peft_fusion.gradients import FEWEST_SENTENCES, MAGNIFIED, MOST_SENTENCES, _shortened, sentences_for
 from peft_fusion.plan import plan_ffns
 
 
@@ -200,7 +203,7 @@ def test_the_original_kernels_are_those_of_fidelity(architecture):
     calibrate(model, config, data)
     side = Side(model, find_ffns(model), fused=False)
     sentences = [{k: v[3:4] for k, v in batch.items() if k != "labels" or side.decodes} for batch in data]
-    expected = tangent_kernels(side, sentences, _random_projection(side, config.seed + 1), 2**28)
+    expected = tangent_kernels(side, sentences, random_projection(side, config.seed + 1), 2**28)
     for ffn in side.ffns:
         tangents = found(model, config)[ffn.name].tangents
         assert tangents is not None and len(tangents.tokens.counts) == 3
@@ -280,6 +283,39 @@ def test_the_sentences_with_gradients_are_bounded(monkeypatch):
     assert len(counts) == FEWEST_SENTENCES == sentences_for(120) and sentences_for(10**6) == MOST_SENTENCES
     monkeypatch.setattr("peft_fusion.gradients.MOST_TOKENS", 7)
     calibrate(model, config, batches(bert, count=40, size=3))
-    assert len(next(iter(found(model, config).values())).tangents.tokens.counts) == 4
+    assert len(next(iter(found(model, config).values())).tangents.tokens.counts) == 2
     calibrate(model, config, batches(bert, count=1))
     assert next(iter(found(model, config).values())).tangents is None  # one sentence has no kernel
+
+
+def test_gradients_are_of_the_first_tokens_that_are_not_padding(monkeypatch):
+    monkeypatch.setattr("peft_fusion.gradients.MOST_LENGTH", 3)
+    mask = torch.tensor([[0, 0, 1, 1, 1, 1, 1]])
+    sentence = {"input_ids": torch.arange(7)[None], "attention_mask": mask, "labels": torch.ones(1)}
+    short = _shortened(sentence)
+    assert short["input_ids"].tolist() == [[2, 3, 4]] and short["attention_mask"].tolist() == [[1, 1, 1]]
+    assert short["labels"].shape == (1,)
+    image = {"pixel_values": torch.ones(1, 3, 8, 8)}
+    assert _shortened(image) == image
+
+
+def test_an_unfinished_fusion_uses_the_calibration_up(monkeypatch):
+    """Each FFN's statistics are freed once it is fused; what is left of them must not be taken for a calibration."""
+    llama = BY_NAME["llama"]
+    model, config = llama.make(), half(llama)
+    calibrate(model, config, batches(llama))
+    reference = get_peft_model(copy.deepcopy(model), config)
+    made = projections._projections
+
+    def interrupted(narrow, planned, recipe):
+        if planned.ffn.name.endswith("1.mlp"):
+            raise KeyboardInterrupt
+        return made(narrow, planned, recipe)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(projections, "_projections", interrupted)
+        get_peft_model(model, config)
+    with pytest.raises(ValueError, match="Call `calibrate` again"):
+        get_peft_model(model, config)
+    calibrate(model, config, batches(llama))
+    assert torch.equal(logits(get_peft_model(model, config), llama), logits(reference, llama))

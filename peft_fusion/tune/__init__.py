@@ -24,7 +24,7 @@ def tune_layers(
     teacher: nn.Module | None = None,
     learning_rate: float | None = None,
     steps: int | None = None,
-    tokens: int = 16384,
+    tokens: int = 32768,
     accelerator: Accelerator | None = None,
     seed: int = 0,
 ) -> dict[str, tuple[float, float]]:
@@ -42,9 +42,9 @@ def tune_layers(
         dataloader: batches as the model takes them; labels are not used.
         objective: "ffn" or "hidden_states".
         teacher: the original model; None: the same model with its adapter disabled.
-        learning_rate: of Adam. "ffn": relative to the root mean square of each weight tensor (default 0.01);
+        learning_rate: of Adam. "ffn": relative to the root mean square of each weight tensor (default 0.005);
             "hidden_states": absolute, the one that fine-tuning will use (default 1e-4).
-        steps: Adam's steps. "ffn": for each FFN (default 300); "hidden_states": batches (default: the data loader
+        steps: Adam's steps. "ffn": for each FFN (default 500); "hidden_states": batches (default: the data loader
             once).
         tokens: how many tokens "ffn" collects.
         accelerator: for "hidden_states" in several processes: gradients are averaged over them.
@@ -65,5 +65,5 @@ def tune_layers(
             raise ValueError(f"`{name}` must be above 0, but got {value!r}.")
     original, fused = pair(model, teacher)
     if objective == "ffn":
-        return tune_ffn_outputs(original, fused, dataloader, learning_rate or 0.01, steps or 300, tokens, seed)
+        return tune_ffn_outputs(original, fused, dataloader, learning_rate or 0.005, steps or 500, tokens, seed)
     return tune_hidden_states(original, fused, dataloader, learning_rate or 1e-4, steps, accelerator)
