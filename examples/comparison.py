@@ -7,7 +7,9 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 import train_row
+from accelerate import Accelerator
 from data import load_text_classification
 from methods import head
 from models import classifier_path, load_classifier, load_tokenizer
@@ -167,6 +169,10 @@ def tune(
     model: PeftModel, batches: Iterable[dict[str, Any]], held_out: Iterable[dict[str, Any]], setting: Setting
 ) -> dict[str, float]:
     """The paper's layer-wise tuning; what it does to the hidden states of sentences that it has not seen."""
+    precision = (
+        {"mixed_precision": "bf16", "cpu": not torch.cuda.is_available()} if setting.training.get("bf16") else {}
+    )
+    accelerator = Accelerator(**precision)
     before = fidelity(model, held_out, sentences=1).hidden_states.relative
     started = time.perf_counter()
     tune_layers(
@@ -175,6 +181,7 @@ def tune(
         objective="hidden_states",
         steps=min(TUNING_STEPS, setting.steps),
         learning_rate=setting.learning_rate,
+        accelerator=accelerator,
     )
     seconds = time.perf_counter() - started
     after = fidelity(model, held_out, sentences=1).hidden_states.relative

@@ -47,7 +47,7 @@ def tune_layers(
         steps: Adam's steps. "ffn": for each FFN (default 500); "hidden_states": batches (default: the data loader
             once).
         tokens: how many tokens "ffn" collects.
-        accelerator: for "hidden_states" in several processes: gradients are averaged over them.
+        accelerator: for "hidden_states": its mixed precision is used, and gradients are averaged over its processes.
         seed: of the order of tokens.
 
     Returns:

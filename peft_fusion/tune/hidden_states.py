@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -36,7 +37,7 @@ def tune_hidden_states(
         if len(losses) == steps:
             break
         inputs = {k: v for k, v in batch.items() if k != "labels" or _needs_labels(fused, batch)}
-        with original.running(), torch.no_grad():
+        with original.running(), torch.no_grad(), _precision(accelerator):
             expected = _hidden_states(original(inputs))
         losses.append(_step(fused, inputs, expected, parameters, adam, accelerator))
     if not losses:
@@ -58,7 +59,9 @@ def _step(
         for parameter in parameters:
             parameter.requires_grad_(True)
         with torch.enable_grad():
-            loss = hidden_state_error(_hidden_states(fused(batch)), expected, batch)
+            with _precision(accelerator):
+                found = _hidden_states(fused(batch))
+            loss = hidden_state_error(found, expected, batch)
             gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
         for parameter, gradient in zip(parameters, gradients, strict=True):
             if gradient is not None and accelerator is not None:
@@ -67,6 +70,11 @@ def _step(
         adam.step()
         adam.zero_grad()
     return float(loss.detach())
+
+
+def _precision(accelerator: Accelerator | None) -> AbstractContextManager:
+    """The mixed precision that an accelerator stands for."""
+    return nullcontext() if accelerator is None else accelerator.autocast()
 
 
 def hidden_state_error(found: list[tuple[Tensor, bool]], expected: list[tuple[Tensor, bool]], batch: Batch) -> Tensor:
