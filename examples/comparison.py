@@ -24,7 +24,7 @@ from peft_fusion.plan import plan_ffns
 
 LORA_RATE = 1e-3  # every other row has the learning rate that suits the full model
 BATCH = 32
-TUNING_STEPS = 100
+TUNING_STEPS = {"hidden_states": 100, "ffn": 500}
 CALIBRATION_SENTENCES = 512
 
 
@@ -35,13 +35,13 @@ class Method:
     Args:
         settings: of the `FusionConfig`; None: the FFNs keep their width.
         calibrated: whether `calibrate` sees the training inputs first.
-        tuned: whether `tune_layers(objective="hidden_states")` follows.
+        tuned: the objective of `tune_layers`, which follows on the training inputs; "" for none.
         trains: without settings: "all", "ffns" (what a fused model trains: FFNs and head) or "lora".
     """
 
     settings: dict[str, Any] | None = field(default_factory=dict)
     calibrated: bool = False
-    tuned: bool = False
+    tuned: str = ""
     trains: str = "ffns"
 
 
@@ -57,15 +57,17 @@ METHODS = {
     "mmd": Method({"method": "mmd"}),
     "svd": Method({"method": "svd"}),
     "pruning": Method(PRUNING),
-    "fusion, tuned": Method(tuned=True),
+    "fusion, tuned": Method(tuned="hidden_states"),
     "calibrated: pruning, no refit, no scale": Method({**PRUNING, "refit": "none", "scale": "none"}, True),
     "calibrated: pruning, no scale": Method({**PRUNING, "scale": "none"}, True),
     "calibrated: pruning": Method(PRUNING, True),
-    "calibrated: pruning, tuned": Method(PRUNING, True, True),
+    "calibrated: pruning, tuned": Method(PRUNING, True, "hidden_states"),
     "calibrated: fusion of centroids": Method({"representative": "centroid"}, True),
     "calibrated: fusion, no scale": Method({"scale": "none"}, True),
     "calibrated: fusion": Method({}, True),
-    "calibrated: fusion, tuned": Method({}, True, True),
+    "calibrated: fusion, tuned": Method({}, True, "hidden_states"),
+    "calibrated: pruning, FFNs tuned": Method(PRUNING, True, "ffn"),
+    "calibrated: fusion, FFNs tuned": Method({}, True, "ffn"),
 }
 
 
@@ -120,7 +122,7 @@ def compare(name: str, ratio: float, seed: int, setting: Setting) -> dict[str, A
     trained = prepare(model, method, ratio, seed, setting, batches)
     figures: dict[str, Any] = {"seconds to fuse": time.perf_counter() - started}
     if method.tuned:
-        figures |= tune(trained, batches, held_out, setting)
+        figures |= tune(trained, method.tuned, batches, held_out, setting)
     if method.settings is not None and seed == 0:
         figures |= closeness(trained, held_out, setting)
     trainer, seconds = fine_tune(
@@ -166,22 +168,24 @@ def prepare(
 
 
 def tune(
-    model: PeftModel, batches: Iterable[dict[str, Any]], held_out: Iterable[dict[str, Any]], setting: Setting
+    model: PeftModel,
+    objective: str,
+    batches: Iterable[dict[str, Any]],
+    held_out: Iterable[dict[str, Any]],
+    setting: Setting,
 ) -> dict[str, float]:
-    """The paper's layer-wise tuning; what it does to the hidden states of sentences that it has not seen."""
-    precision = (
-        {"mixed_precision": "bf16", "cpu": not torch.cuda.is_available()} if setting.training.get("bf16") else {}
-    )
-    accelerator = Accelerator(**precision)
+    """`tune_layers`, and what it does to the hidden states of sentences that it has not seen."""
+    bf16 = bool(setting.training.get("bf16"))
+    accelerator = Accelerator(mixed_precision="bf16" if bf16 else "no", cpu=bf16 and not torch.cuda.is_available())
+    layerwise = {"learning_rate": setting.learning_rate, "accelerator": accelerator}
     before = fidelity(model, held_out, sentences=1).hidden_states.relative
     started = time.perf_counter()
     tune_layers(
         model,
         batches,
-        objective="hidden_states",
-        steps=min(TUNING_STEPS, setting.steps),
-        learning_rate=setting.learning_rate,
-        accelerator=accelerator,
+        objective=objective,
+        steps=min(TUNING_STEPS[objective], setting.steps * 10),
+        **layerwise if objective == "hidden_states" else {},
     )
     seconds = time.perf_counter() - started
     after = fidelity(model, held_out, sentences=1).hidden_states.relative

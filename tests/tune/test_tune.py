@@ -106,3 +106,31 @@ def test_a_model_without_an_adapter_is_refused():
     narrow = fuse(bert.make(), FusionConfig(ratio=0.5))
     with pytest.raises(ValueError, match="no active fusion adapter|no fused weights"):
         tune_layers(narrow, batches(bert), teacher=bert.make(), objective="hidden_states")
+
+
+def test_an_accelerator_gives_its_precision_and_its_mean_of_gradients():
+    class Halving:
+        """Stands for an accelerator of mixed precision."""
+
+        reduced = 0
+
+        def autocast(self):
+            return torch.autocast("cpu", torch.bfloat16)
+
+        def reduce(self, gradient, reduction):
+            assert reduction == "mean"
+            self.reduced += 1
+            return gradient
+
+    bert, dtypes = BY_NAME["bert"], set()
+    fused = get_peft_model(bert.make(), FusionConfig(ratio=0.5, task_type="SEQ_CLS"))
+    handle = fused.get_submodule("base_model.model.bert.encoder.layer.0.output.dense").register_forward_hook(
+        lambda module, args, output: dtypes.add(output.dtype)
+    )
+    accelerator = Halving()
+    before, after = tune_layers(
+        fused, batches(bert) * 3, objective="hidden_states", learning_rate=3e-3, accelerator=accelerator
+    )["hidden_states"]
+    handle.remove()
+    assert dtypes == {torch.bfloat16} and accelerator.reduced == 24 * bert.ffns * 4 and after < before
+    assert all(p.dtype == torch.float32 for p in fused.parameters())
