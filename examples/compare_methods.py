@@ -42,6 +42,7 @@ PAPER_TRAINING = {
 
 Run = dict[str, Any]
 NOT_AVERAGED = ("method", "ratio", "seed")
+ONLY_IN_CSV = ("examples", "majority", "hidden-state error", "Adam-NTK cosine", "seconds to tune")
 WIDTHLESS = ("full", "full, FFNs and head", "LoRA")
 
 
@@ -154,8 +155,8 @@ def show(value: Any) -> str:
 
 
 def markdown(rows: Sequence[Run]) -> str:
-    """The table as Markdown."""
-    columns = columns_of(rows)
+    """The table as Markdown, without some columns."""
+    columns = [name for name in columns_of(rows) if name not in ONLY_IN_CSV]
     lines = [columns, ["---", *["--:"] * (len(columns) - 1)]]
     lines += [[row["method"], *(show(row.get(name)) for name in columns[1:])] for row in rows]
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)

@@ -135,7 +135,8 @@ def compare(name: str, ratio: float, seed: int, setting: Setting) -> dict[str, A
         learning_rate=LORA_RATE if method.trains == "lora" else setting.learning_rate,
         settings={"seed": seed, **setting.training},
     )
-    figures |= {"seconds a step": seconds, "parameters (M)": parameters(trained), "examples": len(test)}
+    trainable = sum(p.numel() for p in trained.parameters() if p.requires_grad) / 1e6
+    figures |= {"seconds a step": seconds, "M parameters train": trainable, "examples": len(test)}
     return figures | {"accuracy": train_row.accuracy(trainer, test), "majority": task.majority()}
 
 
@@ -201,8 +202,3 @@ def closeness(model: PeftModel, held_out: Iterable[dict[str, Any]], setting: Set
         "Adam-NTK error": report.ntk.adam.relative,
         "Adam-NTK cosine": report.ntk.adam.cosine,
     }
-
-
-def parameters(model: PreTrainedModel | PeftModel) -> float:
-    """Parameters that train, in millions."""
-    return sum(p.numel() for p in model.parameters() if p.requires_grad) / 1e6

@@ -14,7 +14,7 @@ def compare(example):
 
 
 def runs() -> list[dict]:
-    figures = {"seconds a step": 0.5, "Adam-NTK error": 0.25}
+    figures = {"seconds a step": 0.5, "Adam-NTK error": 0.25, "majority": 0.375}
     return [
         {"method": "fusion", "ratio": 0.25, "seed": 0, "accuracy": 0.5, **figures},
         {"method": "full", "ratio": 1.0, "seed": 0, "accuracy": 0.75, "seconds a step": 1.5},
@@ -62,6 +62,7 @@ def test_the_table_as_markdown_csv_and_plot(compare, tmp_path):
     with (tmp_path / "table.csv").open() as file:
         read = list(csv.DictReader(file))
     assert [row["method"] for row in read] == ["full", "fusion", "fusion"] and read[0]["Adam-NTK error"] == ""
+    assert read[1]["majority"] == "0.375"
     compare.plot(rows, tmp_path / "plot.png")
     assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
 
