@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -16,14 +15,15 @@ from torch import nn
 
 from .checkpoint import WEIGHTS_FILE
 from .config import FusionConfig
-from .layer import FusionLayer, check_one_active
+from .guarded import GuardedTuner
+from .layer import FusionLayer
 from .model import FusionModel
 
 MIXED_FILE = "mixed_adapters.json"
 PREFIX = "base_model.model."
 
 
-class MixedFusionModel(MixedModel):
+class MixedFusionModel(GuardedTuner, MixedModel):
     """PEFT's tuner for adapters of several types, with fusion among them.
 
     A fusion adapter is put in place by a `FusionModel` over the same model and the same configurations; what
@@ -37,33 +37,6 @@ class MixedFusionModel(MixedModel):
         else:
             super().inject_adapter(model, adapter_name, *args, **kwargs)
 
-    def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
-        """Sets the active adapters, at most one of them a fusion adapter.
-
-        Raises:
-            ValueError: if two fusion adapters would be active on one FFN.
-        """
-        names = [adapter_name] if isinstance(adapter_name, str) else adapter_name
-        for layer in self._fusion_layers():
-            check_one_active([name for name in names if name in layer.mlp_fusion_narrow])
-        super().set_adapter(adapter_name, inference_mode=inference_mode)
-
-    def disable_adapter_layers(self) -> None:
-        """Makes the model compute what the original does.
-
-        Raises:
-            RuntimeError: if the original FFN weights were dropped.
-        """
-        for layer in self._fusion_layers():
-            layer.require_originals()
-        super().disable_adapter_layers()
-
-    def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
-        """Merges every active adapter, or the named ones; see `FusionModel.merge_adapter`."""
-        for layer in self._fusion_layers():
-            layer.check_merge(safe_merge, adapter_names)
-        super().merge_adapter(adapter_names=adapter_names, safe_merge=safe_merge)
-
     def _unload_and_optionally_merge(
         self,
         merge: bool = True,
@@ -71,16 +44,12 @@ class MixedFusionModel(MixedModel):
         safe_merge: bool = False,
         adapter_names: list[str] | None = None,
     ) -> nn.Module:
-        for layer in self._fusion_layers():
-            layer.check_merge(safe_merge, adapter_names) if merge else layer.require_originals()
+        self._check_merge(safe_merge, adapter_names) if merge else self._require_originals()
         for name, module in list(self.model.named_modules()):
             if isinstance(module, FusionLayer):
                 plain = module.unload_and_optionally_merge_module(merge, safe_merge, adapter_names)
                 self.model.set_submodule(name, plain)
         return super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
-
-    def _fusion_layers(self) -> Iterator[FusionLayer]:
-        return (module for module in self.model.modules() if isinstance(module, FusionLayer))
 
 
 def save_mixed(model: nn.Module, directory: str | PathLike) -> None:

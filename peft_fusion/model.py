@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 
 from peft import PeftConfig
 from peft.tuners.tuners_utils import BaseTuner, _ExcludedModule
@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from .calibrate import calibration_for, drop_calibration
 from .checkpoint import check_checkpoint
 from .config import FusionConfig
-from .layer import FusionLayer, check_adapter_name, check_one_active, narrow_state_dict
+from .guarded import GuardedTuner
+from .layer import FusionLayer, check_adapter_name, narrow_state_dict
 from .narrow import NarrowProjection
 from .plan import PlannedFFN, plan_ffns
 from .projections import empty_projections, fused_projections, random_projections
@@ -19,7 +20,7 @@ from .recipe import settle
 from .registration import forget_refused_adapter
 
 
-class FusionModel(BaseTuner):
+class FusionModel(GuardedTuner):
     """Replaces the FFNs of a model by narrow ones, whose neurons are clusters of the original neurons.
 
     Everything that can be refused is refused, and all narrow weights are made, before the first module of the
@@ -93,26 +94,6 @@ class FusionModel(BaseTuner):
                 if adapter_name in layer.mlp_fusion_narrow:
                     layer.set_aside(keep=base_weights == "offload")
 
-    def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
-        """Sets the active adapter; see `BaseTuner.set_adapter`.
-
-        Raises:
-            ValueError: if two fusion adapters would be active on one FFN.
-        """
-        names = [adapter_name] if isinstance(adapter_name, str) else adapter_name
-        for layer in self._fusion_layers():
-            check_one_active([name for name in names if name in layer.mlp_fusion_narrow])
-        super().set_adapter(adapter_name, inference_mode=inference_mode)
-
-    def disable_adapter_layers(self) -> None:
-        """Makes the model compute what the original does; see `BaseTuner.disable_adapter_layers`.
-
-        Raises:
-            RuntimeError: if the original weights were dropped.
-        """
-        self._require_originals()
-        super().disable_adapter_layers()
-
     def unload(self) -> nn.Module:
         """Gives the original model back; see `BaseTuner.unload`.
 
@@ -122,16 +103,6 @@ class FusionModel(BaseTuner):
         self._require_originals()
         return super().unload()
 
-    def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
-        """Puts plain narrow projections in the place of the FFNs, after a check; see `BaseTuner.merge_adapter`.
-
-        Raises:
-            ValueError: if there are NaNs under `safe_merge`, or two adapters to merge; nothing is merged then.
-        """
-        for layer in self._fusion_layers():
-            layer.check_merge(safe_merge, adapter_names)
-        super().merge_adapter(adapter_names=adapter_names, safe_merge=safe_merge)
-
     def _unload_and_optionally_merge(
         self,
         merge: bool = True,
@@ -139,8 +110,8 @@ class FusionModel(BaseTuner):
         safe_merge: bool = False,
         adapter_names: list[str] | None = None,
     ) -> nn.Module:
-        for layer in self._fusion_layers() if merge else ():
-            layer.check_merge(safe_merge, adapter_names)
+        if merge:
+            self._check_merge(safe_merge, adapter_names)
         return super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
 
     @classmethod
@@ -154,13 +125,6 @@ class FusionModel(BaseTuner):
     ) -> dict[str, Tensor]:
         """Selects by structure; PEFT has dropped by name, so that an adapter called "mlp" hides another's tensors."""
         return narrow_state_dict(model, adapter_name, state_dict)
-
-    def _fusion_layers(self) -> Iterator[FusionLayer]:
-        return (module for module in self.model.modules() if isinstance(module, FusionLayer))
-
-    def _require_originals(self) -> None:
-        for layer in self._fusion_layers():
-            layer.require_originals()
 
     def _prepare_adapter_config(self, peft_config: PeftConfig, model_config: dict) -> PeftConfig:
         """`target_modules=None` stays: it means every FFN that is found."""
