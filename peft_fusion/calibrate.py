@@ -19,9 +19,9 @@ from torch import Tensor, nn
 
 from .config import FusionConfig
 from .ffn import features, read_ffn
+from .fidelity.pair import Side
 from .fusing.statistics import FFNStatistics
 from .gradients import MOST_SENTENCES, add_tangents, sentences_for
-from .layer import FusionLayer
 from .own_inputs import own_inputs
 from .plan import PlannedFFN, plan_ffns
 from .progress import progress
@@ -91,7 +91,7 @@ def calibrate(
             raise ValueError(f"`{name}` must be an integer of at least 1, but got {value!r}.")
     planned = plan_ffns(model, config)
     statistics: dict[str, FFNStatistics] = {}
-    with _original_in_eval_mode(model):
+    with Side(model, [p.ffn for p in planned], fused=False).running():
         batches: Iterable[Batch] = dataloader if dataloader is not None else _own(model, sequences, length, config)
         for start in range(0, len(planned), ffns_per_pass or len(planned)):
             group = planned[start : start + (ffns_per_pass or len(planned))]
@@ -202,25 +202,6 @@ def _forward(model: nn.Module, batch: Batch) -> None:
                 f"{type(model).__name__} cannot take a calibration batch with {sorted(batch)}: {error}. Give batches "
                 "as `Trainer` would give them to it."
             ) from error
-
-
-@contextmanager
-def _original_in_eval_mode(model: nn.Module) -> Iterator[None]:
-    """The model without its fusion adapters and without dropout; then as it was."""
-    training = {module: module.training for module in model.modules()}
-    trainable = {parameter: parameter.requires_grad for parameter in model.parameters()}
-    enabled = [m for m in model.modules() if isinstance(m, FusionLayer) and not m.disable_adapters]
-    try:
-        for layer in enabled:
-            layer.enable_adapters(False)
-        yield model.eval()  # type: ignore[misc]
-    finally:
-        for layer in enabled:
-            layer.enable_adapters(True)
-        for parameter, flag in trainable.items():
-            parameter.requires_grad_(flag)
-        for module, flag in training.items():
-            module.training = flag
 
 
 @contextmanager
