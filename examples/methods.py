@@ -60,6 +60,6 @@ METHODS = {
     "full fine-tuning": Method(full_fine_tuning, learning_rate=1e-4),
     "LoRA": Method(lora, learning_rate=1e-3),
     "fusion": Method(fusion, learning_rate=2e-4),
-    "calibrated fusion": Method(calibrated_fusion, learning_rate=1e-4),
+    "calibrated fusion": Method(calibrated_fusion, learning_rate=2e-4),
 }
 FUSED = ("fusion", "calibrated fusion")  # the methods whose saved and merged models are reloaded and checked
