@@ -70,17 +70,22 @@ def positive(text: str) -> int:
 
 
 def layer_indices(text: str, count: int) -> list[int]:
-    """Layers of a model that has `count`: "all", "last-half", or indices and ranges such as "3,5,8-11".
+    """Layers of a model that has `count`, by name or as indices and ranges.
+
+    Args:
+        text: "all", "last-half", "last-two-thirds" (the last 8 of 12), or such as "3,5,8-11".
+        count: how many layers there are.
 
     Raises:
         InputError: not of this form, or a layer the model does not have.
     """
-    if text in ("all", "last-half"):
-        return list(range(count // 2 if text == "last-half" else 0, count))
+    first = {"all": 0, "last-half": count // 2, "last-two-thirds": count // 3}
+    if text in first:
+        return list(range(first[text], count))
     try:
         bounds = [[int(bound) for bound in part.split("-", 1)] for part in text.split(",")]
     except ValueError:
-        raise InputError(f"--layers {text}: expected all, last-half, or layers such as 3,5,8-11") from None
+        raise InputError(f"--layers {text}: expected {', '.join(first)}, or layers such as 3,5,8-11") from None
     layers = sorted({layer for ends in bounds for layer in range(ends[0], ends[-1] + 1)})
     if not layers or layers[-1] >= count:
         raise InputError(f"--layers {text}: the model has layers 0-{count - 1}")

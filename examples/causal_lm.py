@@ -89,7 +89,7 @@ def parse_arguments() -> argparse.Namespace:
         default="papers",
         help="papers (default, from a pip package), a text file, Hub id or local path",
     )
-    add("--layers", default="last-half", help="all, last-half (default), or layers such as 3,5,8-11")
+    add("--layers", default="last-half", help="all, last-half (default), last-two-thirds, or layers such as 3,5,8-11")
     add("--block", type=positive, default=256, help="tokens in a training example (default: %(default)s)")
     add("--learning-rate", type=float, default=LEARNING_RATE, help="default: %(default)s")
     add(

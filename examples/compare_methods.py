@@ -18,28 +18,19 @@ import json
 import statistics
 import tempfile
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 from arguments import fraction, positive, run
-from comparison import METHODS, Setting, compare
+from compared_methods import METHODS
+from comparison import BATCH, Setting, compare
+from packages import InputError
+from paper_runs import PAPER, PAPER_UNDERSTANDING
 from training import be_quiet
 
 STEPS = 150
-PAPER = {"layers": "last-two-thirds", "ratios": [0.25], "learning_rate": 2e-5}
-PAPER_TRAINING = {
-    "adam_beta2": 0.98,
-    "adam_epsilon": 1e-6,
-    "weight_decay": 0.1,
-    "lr_scheduler_type": "polynomial",
-    "warmup_ratio": 0.06,
-    "warmup_steps": 0,
-    "num_train_epochs": 10,
-    "max_steps": -1,
-}
-"""The paper's settings for RoBERTa (section 5.1): Adam (.9, .98), eps 1e-6, batch 32, 10 epochs, polynomial decay."""
-
 Run = dict[str, Any]
 NOT_AVERAGED = ("method", "ratio", "seed")
 ONLY_IN_CSV = ("examples", "majority", "hidden-state error", "Adam-NTK cosine", "seconds to tune")
@@ -51,6 +42,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     be_quiet()
     folder: Path = options.results
     folder.mkdir(parents=True, exist_ok=True)
+    check_setting(folder / "setting.json", setting(options))
     runs = folder / "runs.jsonl"
     for name, ratio, seed in grid(options):
         if (name, ratio, seed) not in {key(done) for done in read(runs)}:
@@ -81,8 +73,10 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     add("--bf16", action="store_true", help="fine-tune in bfloat16 (weights stay float32), faster where it is fast")
     add("--preset", choices=("paper",), help="the paper's layers, width, optimizer and epochs")
     add("--smoke", action="store_true", help="a few steps and examples only: does everything work?")
+    parser.set_defaults(epochs=None, settings={})
     if parser.parse_known_args(arguments)[0].preset:
-        parser.set_defaults(**PAPER)
+        assert PAPER_UNDERSTANDING["batch_size"] == BATCH
+        parser.set_defaults(ratios=[PAPER["ratio"]], layers=PAPER["layers"], steps=None, **PAPER_UNDERSTANDING)
     options = parser.parse_args(arguments)
     if options.smoke:
         options.steps, options.test, options.seeds = 2, 32, options.seeds[:1]
@@ -95,12 +89,30 @@ def setting(options: argparse.Namespace) -> Setting:
         model=options.model,
         dataset=options.dataset,
         steps=options.steps,
+        epochs=options.epochs,
         test=options.test,
         layers=options.layers,
         learning_rate=options.learning_rate,
         sentences=8 if options.smoke else 64,
-        training=precision(options.bf16) | (PAPER_TRAINING if options.preset and not options.smoke else {}),
+        compared_seed=options.seeds[0],
+        training=precision(options.bf16) | options.settings,
     )
+
+
+def check_setting(path: Path, now: Setting) -> None:
+    """Notes what all runs of a folder share, so that rows of different settings do not end up in one table.
+
+    Raises:
+        InputError: the folder has runs of another setting.
+    """
+    ours = {name: value for name, value in asdict(now).items() if name != "compared_seed"}
+    theirs = json.loads(path.read_text(encoding="utf-8")) if path.exists() else ours
+    different = [
+        f"{name} {theirs.get(name)!r}, not {value!r}" for name, value in ours.items() if theirs.get(name) != value
+    ]
+    if different:
+        raise InputError(f"the runs in {path.parent} have {'; '.join(different)}: give another folder as --results")
+    path.write_text(json.dumps(ours, indent=1) + "\n", encoding="utf-8")
 
 
 def precision(bf16: bool) -> dict[str, bool]:

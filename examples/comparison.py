@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 import train_row
 from accelerate import Accelerator
+from arguments import layer_indices
+from compared_methods import METHODS, Method
 from data import load_text_classification
-from methods import head
+from methods import head, with_lora
 from models import classifier_path, load_classifier, load_tokenizer
-from paper_runs import chosen_layers
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import PeftModel, get_peft_model
 from torch.utils.data import DataLoader
 from training import fine_tune
 from transformers import DataCollatorWithPadding, PreTrainedModel, set_seed
@@ -29,70 +31,31 @@ CALIBRATION_SENTENCES = 512
 
 
 @dataclass(frozen=True)
-class Method:
-    """How a row comes about.
-
-    Args:
-        settings: of the `FusionConfig`; None: the FFNs keep their width.
-        calibrated: whether `calibrate` sees the training inputs first.
-        tuned: the objective of `tune_layers`, which follows on the training inputs; "" for none.
-        trains: without settings: "all", "ffns" (what a fused model trains: FFNs and head) or "lora".
-    """
-
-    settings: dict[str, Any] | None = field(default_factory=dict)
-    calibrated: bool = False
-    tuned: str = ""
-    trains: str = "ffns"
-
-
-PRUNING = {"method": "pruning"}
-METHODS = {
-    "full": Method(None, trains="all"),
-    "full, FFNs and head": Method(None),
-    "LoRA": Method(None, trains="lora"),
-    "random narrow FFNs": Method({"init_weights": False}),
-    "fusion": Method(),
-    "clustering": Method({"method": "clustering"}),
-    "sketch": Method({"method": "sketch"}),
-    "mmd": Method({"method": "mmd"}),
-    "svd": Method({"method": "svd"}),
-    "pruning": Method(PRUNING),
-    "fusion, tuned": Method(tuned="hidden_states"),
-    "calibrated: pruning, no refit, no scale": Method({**PRUNING, "refit": "none", "scale": "none"}, True),
-    "calibrated: pruning, no scale": Method({**PRUNING, "scale": "none"}, True),
-    "calibrated: pruning": Method(PRUNING, True),
-    "calibrated: pruning, tuned": Method(PRUNING, True, "hidden_states"),
-    "calibrated: fusion of centroids": Method({"representative": "centroid"}, True),
-    "calibrated: fusion, no scale": Method({"scale": "none"}, True),
-    "calibrated: fusion": Method({}, True),
-    "calibrated: fusion, tuned": Method({}, True, "hidden_states"),
-    "calibrated: pruning, FFNs tuned": Method(PRUNING, True, "ffn"),
-    "calibrated: fusion, FFNs tuned": Method({}, True, "ffn"),
-}
-
-
-@dataclass(frozen=True)
 class Setting:
     """What all rows share.
 
     Args:
         model: Hub id or local path; None: the default MiniLM.
         dataset: see `data.load_text_classification`.
-        steps: of fine-tuning.
+        steps: of fine-tuning, on as many batches of training examples; None: `epochs` over all of them.
+        epochs: see `steps`.
         test: most test examples; None for all.
-        layers: whose FFNs are narrowed, in words (`paper_runs.chosen_layers`).
+        layers: whose FFNs are narrowed, in words (`arguments.layer_indices`).
         learning_rate: of every row but LoRA's.
         sentences: held-out ones that the kernels are compared on.
+        compared_seed: the seed whose runs are compared with the original before they are fine-tuned.
         training: further fields of `TrainingArguments`.
     """
 
     model: str | None
     dataset: str
-    steps: int
+    steps: int | None
+    epochs: int | None
     test: int | None
     layers: str
     learning_rate: float
     sentences: int
+    compared_seed: int
     training: dict[str, Any]
 
 
@@ -100,7 +63,7 @@ def compare(name: str, ratio: float, seed: int, setting: Setting) -> dict[str, A
     """One run.
 
     Args:
-        name: a key of `METHODS`.
+        name: a key of `compared_methods.METHODS`.
         ratio: fraction of each FFN's neurons that is kept.
         seed: of the head, the sampled examples, their order and the clustering.
         setting: what all runs share.
@@ -109,28 +72,30 @@ def compare(name: str, ratio: float, seed: int, setting: Setting) -> dict[str, A
         Its figures, by column. The errors and kernels are those before fine-tuning, on test sentences.
     """
     method = METHODS[name]
-    task = load_text_classification(setting.dataset).sample(train=setting.steps * BATCH, test=setting.test, seed=seed)
+    drawn = setting.steps and setting.steps * BATCH
+    task = load_text_classification(setting.dataset).sample(train=drawn, test=setting.test, seed=seed)
+    steps = setting.steps or math.ceil((setting.epochs or 1) * len(task.train) / BATCH)
     path = classifier_path(setting.model)
     tokenizer = load_tokenizer(path)
     train, test = (train_row.tokenize(tokenizer, examples) for examples in (task.train, task.test))
     collator = DataCollatorWithPadding(tokenizer)
     batches = DataLoader(train, BATCH, collate_fn=collator)  # type: ignore[arg-type]
     held_out = DataLoader(test[: setting.sentences], 16, collate_fn=collator)  # type: ignore[arg-type]
-    model = load_classifier(path, len(task.labels), seed)
+    model = load_classifier(path, len(task.labels), seed).to("cuda" if torch.cuda.is_available() else "cpu")
     set_seed(seed)
     started = time.perf_counter()
     trained = prepare(model, method, ratio, seed, setting, batches)
     figures: dict[str, Any] = {"seconds to fuse": time.perf_counter() - started}
     if method.tuned:
         figures |= tune(trained, method.tuned, batches, held_out, setting)
-    if method.settings is not None and seed == 0:
+    if method.settings is not None and seed == setting.compared_seed:
         figures |= closeness(trained, held_out, setting)
     trainer, seconds = fine_tune(
         trained,
         train,
         collator,
         title=name,
-        steps=setting.steps,
+        steps=steps,
         batch_size=BATCH,
         learning_rate=LORA_RATE if method.trains == "lora" else setting.learning_rate,
         settings={"seed": seed, **setting.training},
@@ -149,7 +114,7 @@ def prepare(
     batches: Iterable[dict[str, Any]],
 ) -> PreTrainedModel | PeftModel:
     """The model to train, with what is to train requiring gradients."""
-    layers = chosen_layers(setting.layers, model.config.num_hidden_layers)
+    layers = layer_indices(setting.layers, model.config.num_hidden_layers)
     if method.settings is not None:
         where = {"layers_to_transform": layers, "modules_to_save": head(model)}
         config = FusionConfig(task_type="SEQ_CLS", ratio=ratio, seed=seed, **where, **method.settings)
@@ -157,7 +122,7 @@ def prepare(
             calibrate(model, config, batches, sequences=CALIBRATION_SENTENCES)
         return get_peft_model(model, config)
     if method.trains == "lora":
-        return get_peft_model(model, LoraConfig(task_type="SEQ_CLS", r=16, lora_alpha=32, target_modules="all-linear"))
+        return with_lora(model, "SEQ_CLS")
     if method.trains == "ffns":
         planned = plan_ffns(model, FusionConfig(layers_to_transform=layers))
         model.requires_grad_(False)
@@ -185,7 +150,7 @@ def tune(
         model,
         batches,
         objective=objective,
-        steps=min(TUNING_STEPS[objective], setting.steps * 10),
+        steps=min(TUNING_STEPS[objective], 10 * (setting.steps or TUNING_STEPS[objective])),
         **layerwise if objective == "hidden_states" else {},
     )
     seconds = time.perf_counter() - started

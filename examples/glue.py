@@ -23,7 +23,7 @@ from data import Example, draw
 from glue_tasks import TASKS, TaskData, load_task, measure
 from measure import text_table
 from models import classifier_path, load_classifier, load_tokenizer
-from paper_runs import FUSED, METHODS, add_options, check_methods, parse, prepare, training_steps
+from paper_runs import FUSED, METHODS, PAPER_UNDERSTANDING, add_options, check_methods, parse, prepare, training_steps
 from train_row import merge
 from training import be_quiet, fine_tune
 from transformers import DataCollatorWithPadding, PreTrainedTokenizerBase, Trainer
@@ -32,19 +32,6 @@ STEPS, SMOKE_STEPS, SMOKE_TEST = 120, 3, 32
 CALIBRATION_SEQUENCES = 512
 # For the default task at 120 steps. Calibrated fusion takes 5e-4 at times, and at others stops learning at that.
 LEARNING_RATES = {"full": 1e-4, "lora": 1e-3, "fused": 2e-4}
-PRESET = {
-    "batch_size": 32,
-    "epochs": 10,
-    "learning_rate": 4e-5,
-    "settings": {
-        "adam_beta1": 0.9,
-        "adam_beta2": 0.98,
-        "adam_epsilon": 1e-6,
-        "weight_decay": 0.1,
-        "lr_scheduler_type": "polynomial",
-        "warmup_steps": 0.06,  # of all steps
-    },
-}
 
 # test split -> metric -> value
 Scores = dict[str, dict[str, float]]
@@ -83,7 +70,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     add("--max-test", type=positive, help="most examples of a test split, drawn at random (default: all)")
     rates = ", ".join(f"{rate} ({name})" for name, rate in LEARNING_RATES.items())
     add_options(parser, layers="all", batch_size=16, learning_rate=rates)
-    options = parse(parser, PRESET, arguments)
+    options = parse(parser, PAPER_UNDERSTANDING, arguments)
     check_methods([options.method], options)
     if options.smoke:
         options.steps, options.max_test = SMOKE_STEPS, SMOKE_TEST

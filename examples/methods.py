@@ -28,9 +28,14 @@ def full_fine_tuning(model: PreTrainedModel, ratio: float, batches: Batches) -> 
 
 
 def lora(model: PreTrainedModel, ratio: float, batches: Batches) -> PeftModel:
+    return with_lora(model, "SEQ_CLS")
+
+
+def with_lora(model: PreTrainedModel, task_type: str) -> PeftModel:
+    """The LoRA that every example compares with."""
     from peft import LoraConfig, get_peft_model
 
-    return get_peft_model(model, LoraConfig(task_type="SEQ_CLS", r=16, lora_alpha=32, target_modules="all-linear"))
+    return get_peft_model(model, LoraConfig(task_type=task_type, r=16, lora_alpha=32, target_modules="all-linear"))
 
 
 def head(model: PreTrainedModel) -> list[str]:

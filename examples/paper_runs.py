@@ -10,9 +10,9 @@ from typing import Any
 
 import torch
 from arguments import layer_indices, positive
-from methods import head
+from methods import head, with_lora
 from packages import InputError
-from peft import LoraConfig, get_peft_model
+from peft import get_peft_model
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel
 
@@ -23,6 +23,21 @@ from peft_fusion.recipe import CALIBRATED_METHODS
 METHODS = ("full", "lora", *FUSED)
 # The paper fuses the last 8 of 12 layers from 3072 neurons to 768, by their weights alone.
 PAPER: dict[str, Any] = {"ratio": 0.25, "layers": "last-two-thirds", "calibrate": False, "steps": None}
+
+# On GLUE: Adam (.9, .98), epsilon 1e-6, weight decay .1, warm-up over 6 % of the steps, then polynomial decay.
+PAPER_UNDERSTANDING: dict[str, Any] = {
+    "batch_size": 32,
+    "epochs": 10,
+    "learning_rate": 4e-5,
+    "settings": {
+        "adam_beta1": 0.9,
+        "adam_beta2": 0.98,
+        "adam_epsilon": 1e-6,
+        "weight_decay": 0.1,
+        "lr_scheduler_type": "polynomial",
+        "warmup_steps": 0.06,  # of all steps
+    },
+}
 
 
 def add_options(parser: argparse.ArgumentParser, *, layers: str, batch_size: int, learning_rate: str) -> None:
@@ -89,11 +104,6 @@ def is_calibrated(method: str, options: argparse.Namespace) -> bool:
     return method in CALIBRATED_METHODS and options.calibrate is not False
 
 
-def chosen_layers(text: str, count: int) -> list[int]:
-    """As `layer_indices`, and "last-two-thirds": the last 8 of 12."""
-    return list(range(count // 3, count)) if text == "last-two-thirds" else layer_indices(text, count)
-
-
 def prepare(
     model: PreTrainedModel,
     method: str,
@@ -122,7 +132,7 @@ def prepare(
     if method == "full":
         return model
     if method == "lora":
-        return get_peft_model(model, LoraConfig(task_type=task_type, r=16, lora_alpha=32, target_modules="all-linear"))
+        return with_lora(model, task_type)
     model.to("cuda" if torch.cuda.is_available() else "cpu")  # `Trainer` would, but only after the fusion
     order = torch.Generator().manual_seed(seed)
     batches: DataLoader = DataLoader(
@@ -149,7 +159,7 @@ def fusion_config(
         task_type=task_type,
         method=method,
         ratio=options.ratio,
-        layers_to_transform=chosen_layers(options.layers, model.config.get_text_config().num_hidden_layers),
+        layers_to_transform=layer_indices(options.layers, model.config.get_text_config().num_hidden_layers),
         modules_to_save=head(model),
         seed=seed,
     )

@@ -18,9 +18,10 @@ from torch import Tensor, nn
 from .ffn import FFN, blank_like, features, find_activation, read_ffn
 from .fidelity.function import Function, random_projection
 from .fidelity.pair import Side
+from .fusing.gradient_kernels import TokenGradients, adam_kernels
 from .fusing.stand_in import stand_in
 from .fusing.statistics import FFNStatistics
-from .fusing.tangent import Tangents, TokenGradients, adam_kernels
+from .fusing.tangent import Tangents
 from .plan import PlannedFFN
 from .progress import progress
 
@@ -64,7 +65,10 @@ def add_tangents(
         function = random_projection(side, seed)
         originals = _gradients(side, planned, sentences, function)
         used = sentences[: len(next(iter(originals.values())).counts)]
-        kernels = {p.ffn.name: _kernels(p.ffn, originals.pop(p.ffn.name)) for p in planned}
+        kernels = {
+            p.ffn.name: adam_kernels(read_ffn(p.ffn), find_activation(p.ffn), originals.pop(p.ffn.name))
+            for p in planned
+        }
         with _stand_ins(planned, statistics):
             narrow = _gradients(side, planned, used, function)
     except Exception as error:  # whatever a model cannot do, the fit of the scales is a refinement
@@ -84,7 +88,7 @@ def sentences_for(seen: int) -> int:
 
 
 def _kernels(ffn: FFN, tokens: TokenGradients) -> tuple[Tensor, ...]:
-    return tuple(kernel.cpu() for kernel in adam_kernels(read_ffn(ffn), find_activation(ffn), tokens))
+    return adam_kernels(read_ffn(ffn), find_activation(ffn), tokens)
 
 
 def _gradients(side: Side, planned: Sequence[PlannedFFN], sentences: Sequence[Batch], function: Function) -> Gradients:

@@ -17,8 +17,8 @@ from peft_fusion.ffn import find_activation, find_ffns, read_ffn
 from peft_fusion.fidelity.function import random_projection
 from peft_fusion.fidelity.ntk import tangent_kernels
 from peft_fusion.fidelity.pair import Side
+from peft_fusion.fusing.gradient_kernels import TokenGradients, adam_kernels
 from peft_fusion.fusing.statistics import SAMPLE_TOKENS, FFNStatistics
-from peft_fusion.fusing.tangent import TokenGradients, adam_kernels
 from peft_fusion.gradients import FEWEST_SENTENCES, MAGNIFIED, MOST_SENTENCES, _shortened, sentences_for
 from peft_fusion.plan import plan_ffns
 

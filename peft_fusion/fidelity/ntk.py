@@ -1,11 +1,7 @@
-"""The tangent kernels of FFN weights over a set of sentences, without ever holding all gradients.
+"""The tangent kernels of a model's FFN weights over a set of sentences.
 
-For a projection `y = W x + b` the gradient of a sentence's f with respect to `[W | b]` is `sum_t d_t [x_t | 1]^T`,
-with x_t what goes in at token t and d_t the gradient of f with respect to y_t. A pass over the sentences keeps x
-and d of a few FFNs; then the gradients of one projection are formed some rows at a time, for all sentences, and
-their products added to the kernels
-
-    SGD   K(n, m)   = <g_n, g_m>            Adam   K_A(n, m) = <g_n, sign g_m>        (paper, section 4)
+A pass over the sentences keeps what goes into the projections of a few FFNs, and the gradients of what comes out; then
+the kernels of one projection after the other are made of them (`fusing/gradient_kernels.py`).
 """
 
 from __future__ import annotations
@@ -18,13 +14,11 @@ import torch
 from torch import Tensor, nn
 
 from ..ffn import FFN
+from ..fusing.gradient_kernels import gradient_kernels
 from ..narrow import LowRankProjection, NarrowInProjection, NarrowOutProjection
 from ..progress import progress
 from .function import Function
 from .pair import Batch, Side, linear_modules
-
-ROWS_MEMORY = 2**26
-"""Bytes of gradients that are formed at a time."""
 
 Token = tuple[Tensor, Tensor]
 
@@ -150,11 +144,15 @@ def _recording(modules: set[nn.Module], calls: list[tuple[nn.Module, Tensor, Ten
 
 
 def _kernels_of(module: nn.Module, kept: Sequence[dict[nn.Module, Token]]) -> Kernels:
-    """One linear module's kernels."""
-    seen = {i: _as_weights_see_them(module, *one[module]) for i, one in enumerate(kept) if module in one}
+    """One linear module's kernels; a sentence that does not reach it, as it may an expert, has no tokens there."""
     kernels = Kernels(*torch.zeros(2, len(kept), len(kept), dtype=torch.float64))
-    for weight in range(len(next(iter(seen.values()), ()))):
-        kernels += _products({i: tokens[weight] for i, tokens in seen.items()}, len(kept))
+    reached = next((one[module] for one in kept if module in one), None)
+    if reached is None:
+        return kernels
+    nothing = (reached[0][:0], reached[1][:0])
+    seen = [_as_weights_see_them(module, *one.get(module, nothing)) for one in kept]
+    for tokens in zip(*seen, strict=True):  # of every sentence, for one weight after the other
+        kernels += Kernels(*gradient_kernels(*zip(*tokens, strict=True)))
     return kernels
 
 
@@ -177,19 +175,3 @@ def _as_weights_see_them(module: nn.Module, x: Tensor, gradient: Tensor) -> list
     if getattr(module, "bias", None) is not None:
         x = torch.cat([x, x.new_ones(len(x), 1)], dim=1)
     return [(x, gradient), *further]
-
-
-def _products(tokens: dict[int, Token], n: int) -> Kernels:
-    """The kernels of one weight over n sentences, a few of its rows at a time."""
-    adam, sgd = torch.zeros(2, n, n, dtype=torch.float64)
-    x, gradient = next(iter(tokens.values()))
-    rows = max(1, ROWS_MEMORY // (2 * n * x.shape[1] * x.element_size()))  # 2: the gradients and their signs
-    for start in range(0, gradient.shape[1], rows):
-        size = min(rows, gradient.shape[1] - start)
-        block = x.new_zeros(n, size, x.shape[1])
-        for i, (inputs, gradients) in tokens.items():
-            torch.mm(gradients[:, start : start + size].T, inputs, out=block[i])
-        flat = block.flatten(1)
-        sgd += (flat @ flat.T).cpu()
-        adam += (flat @ flat.sign().T).cpu()
-    return Kernels(adam, sgd)

@@ -16,38 +16,20 @@ the d differ in sign, so |h_i| adds up like its root mean square, and for a d of
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from .activations import Activation, look_inside
+from .gradient_kernels import TokenGradients, adam_kernels
 from .weights import FFNWeights, NarrowFFN
-
-BLOCK_MEMORY = 2**26
-"""Bytes of gradients that are formed at a time."""
 
 SENTENCES = 64
 """The kernel over so many sentences is matched, as far as fewer can tell; of more, the diagonal hardly counts."""
 
 MOST = 4.0
 """How far, as a factor, a scale fitted to few sentences may be from the one of the L1 norms."""
-
-
-@dataclass(frozen=True)
-class TokenGradients:
-    """What goes into an FFN, and the gradient that comes back to its output, over some sentences.
-
-    Args:
-        inputs: tensor of shape (tokens, in_dim).
-        gradients: tensor of shape (tokens, out_dim).
-        counts: each sentence's tokens, which follow one another.
-    """
-
-    inputs: Tensor
-    gradients: Tensor
-    counts: tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -61,29 +43,6 @@ class Tangents:
 
     kernels: tuple[Tensor, ...]
     tokens: TokenGradients
-
-
-def adam_kernels(weights: FFNWeights, activation: Activation, tokens: TokenGradients) -> tuple[Tensor, ...]:
-    """The kernels <grad f(n), sign grad f(m)> of an FFN's projections over sentences n, m (paper, section 4).
-
-    The out-bias, which no scale multiplies, is left out; memory: `BLOCK_MEMORY`, and hidden activations of the tokens.
-
-    Args:
-        weights: the FFN's weights.
-        activation: its activation function.
-        tokens: over n sentences.
-
-    Returns:
-        For each in-projection, then for the out-projection, a float32 tensor of shape (n, n).
-    """
-    inside = look_inside(weights, activation, tokens.inputs.to(weights.out_weight.device))
-    x, d = tokens.inputs.to(inside.hidden), tokens.gradients.to(inside.hidden)
-    back = d @ weights.out_weight.to(d).T
-    kernels = []
-    for slope, bias in zip(inside.slopes, weights.in_biases, strict=True):
-        seen = x if bias is None else torch.cat([x, x.new_ones(len(x), 1)], dim=1)
-        kernels.append(_adam_kernel(seen, slope * back, tokens.counts))
-    return (*kernels, _adam_kernel(d, inside.hidden, tokens.counts))
 
 
 def match_tangent_kernel(
@@ -121,18 +80,6 @@ def match_tangent_kernel(
     )
     ones = narrow.out_weight.new_ones(narrow.width).float()
     return NarrowFFN(weights, ones * out, tuple(ones * t for t in ins))
-
-
-def _adam_kernel(x: Tensor, gradient: Tensor, counts: Sequence[int]) -> Tensor:
-    """The Adam kernel of a matrix whose gradient is sum_t gradient_t x_t^T, a few of its rows at a time."""
-    pieces, n = x.split(list(counts)), len(counts)
-    kernel = x.new_zeros(n, n)
-    rows = max(1, BLOCK_MEMORY // (2 * n * x.shape[1] * x.element_size()))  # 2: the gradients and their signs
-    for block in gradient.split(rows, dim=1):
-        split = block.split(list(counts))
-        formed = torch.stack([g.T @ p for g, p in zip(split, pieces, strict=True)]).flatten(1)
-        kernel += formed @ formed.sign().T
-    return kernel.float()
 
 
 def _factor(wide: Tensor, small: Tensor) -> float:

@@ -6,6 +6,7 @@ import csv
 import json
 
 import pytest
+from transformers import TrainingArguments
 
 
 @pytest.fixture
@@ -37,10 +38,27 @@ def test_the_grid_has_every_method_by_default(compare):
 
 
 def test_the_papers_preset(compare):
-    options = compare.parse_arguments(["--preset", "paper", "--learning-rate", "5e-5"])
+    options = compare.parse_arguments(["--preset", "paper", "--learning-rate", "5e-5", "--seeds", "3", "0"])
     assert (options.layers, options.ratios, options.learning_rate) == ("last-two-thirds", [0.25], 5e-5)
-    training = compare.setting(options).training
-    assert training["num_train_epochs"] == 10 and training["adam_beta2"] == 0.98 and training["max_steps"] == -1
+    setting = compare.setting(options)
+    assert (setting.steps, setting.epochs, setting.compared_seed) == (None, 10, 3)
+    arguments = TrainingArguments(output_dir="unused", **setting.training)  # takes them
+    assert arguments.adam_beta2 == 0.98 and arguments.lr_scheduler_type == "polynomial"
+    assert compare.setting(compare.parse_arguments(["--preset", "paper", "--steps", "7"])).steps == 7
+
+
+def test_runs_of_another_setting_are_refused(compare, example, tmp_path, monkeypatch):
+    def run(*arguments):
+        compare.main(["--results", str(tmp_path), "--methods", "full", "--seeds", "0", *arguments])
+
+    monkeypatch.setattr(compare, "compare", lambda *_: {"accuracy": 0.5})
+    run("--steps", "7")
+    before = (tmp_path / "runs.jsonl").read_text()
+    with pytest.raises(example("packages").InputError, match="have steps 7, not 8: give another folder"):
+        run("--steps", "8", "--seeds", "1")
+    assert (tmp_path / "runs.jsonl").read_text() == before
+    run("--steps", "7", "--seeds", "1")
+    assert len(compare.read(tmp_path / "runs.jsonl")) == 2
 
 
 def test_rows_are_means_over_seeds(compare):

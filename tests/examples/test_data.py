@@ -185,7 +185,13 @@ def test_csv_file_by_path(data, tmp_path):
 
 @pytest.mark.parametrize(
     ("text", "layers"),
-    [("all", [0, 1, 2, 3, 4]), ("last-half", [2, 3, 4]), ("1,3-4", [1, 3, 4]), ("0", [0])],
+    [
+        ("all", [0, 1, 2, 3, 4]),
+        ("last-half", [2, 3, 4]),
+        ("last-two-thirds", [1, 2, 3, 4]),
+        ("1,3-4", [1, 3, 4]),
+        ("0", [0]),
+    ],
 )
 def test_layer_indices(example, text, layers):
     assert example("arguments").layer_indices(text, 5) == layers

@@ -127,7 +127,7 @@ def test_the_papers_settings(glue, paper_runs):
     options = glue.parse_arguments(["--preset", "paper"])
     assert (options.ratio, options.calibrate, options.batch_size, options.epochs) == (0.25, False, 32, 10)
     assert 1e-5 <= options.learning_rate <= 8e-5
-    assert paper_runs.chosen_layers(options.layers, 12) == list(range(4, 12))
+    assert paper_runs.layer_indices(options.layers, 12) == list(range(4, 12))
     assert paper_runs.training_steps(options, 1000) == 313  # 10 epochs of 31.25 batches
     assert options.settings == {
         "adam_beta1": 0.9,

@@ -8,12 +8,13 @@ from test_calibrated import DIM, WIDTH, draw, gather, make, outputs, plain
 from torch import Tensor
 from torch.nn.functional import gelu, silu
 
-from peft_fusion.fusing import tangent
+from peft_fusion.fusing import gradient_kernels, tangent
 from peft_fusion.fusing.activations import look_inside
 from peft_fusion.fusing.calibrated import fuse_calibrated
+from peft_fusion.fusing.gradient_kernels import TokenGradients, adam_kernels
 from peft_fusion.fusing.rows import select_rows
 from peft_fusion.fusing.stand_in import STRENGTH, stand_in
-from peft_fusion.fusing.tangent import MOST, Tangents, TokenGradients, adam_kernels, match_tangent_kernel
+from peft_fusion.fusing.tangent import MOST, Tangents, match_tangent_kernel
 from peft_fusion.fusing.weights import FFNWeights
 
 COUNTS = (5, 0, 9, 7, 3)
@@ -43,12 +44,12 @@ def by_autograd(weights: FFNWeights, activation, tokens: TokenGradients) -> list
 @pytest.mark.parametrize(("gated", "activation", "bias"), KINDS)
 @pytest.mark.parametrize("memory", [1, 2**26])
 def test_kernels_are_those_of_autograd(gated, activation, bias, memory, monkeypatch):
-    monkeypatch.setattr(tangent, "BLOCK_MEMORY", memory)
+    monkeypatch.setattr(gradient_kernels, "BLOCK_MEMORY", memory)
     weights, tokens = make(gated, bias), sample()
     for kernel, expected in zip(
         adam_kernels(weights, activation, tokens), by_autograd(weights, activation, tokens), strict=True
     ):
-        torch.testing.assert_close(kernel, expected.float(), rtol=1e-5, atol=1e-4)
+        torch.testing.assert_close(kernel, expected.double(), rtol=1e-5, atol=1e-4)
 
 
 @pytest.mark.parametrize(("gated", "activation", "bias"), KINDS)
