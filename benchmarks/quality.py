@@ -58,6 +58,8 @@ VARIANTS: dict[str, tuple[dict[str, Any] | None, bool]] = {
     "pruning by saliency, refit": ({"method": "pruning"}, True),
     "fusion, centroids, refit": ({"representative": "centroid"}, True),
     "fusion, weight kernel, neurons, refit": ({"kernel": "weights"}, True),
+    "pruning by saliency, fisher kernel, refit": ({"method": "pruning", "kernel": "fisher"}, True),
+    "fusion, outputs kernel": ({"kernel": "outputs"}, True),
     "fusion, ntk kernel": ({"kernel": "ntk"}, True),
     "fusion": ({}, True),
 }

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from .config import FusionConfig
 from .ffn import features, read_ffn
 from .fidelity.pair import Side
+from .fisher import add_fisher
 from .fusing.statistics import FFNStatistics
 from .gradients import MOST_SENTENCES, add_tangents, sentences_for
 from .own_inputs import own_inputs
@@ -45,6 +46,11 @@ class Calibration:
     checksums: dict[str, float]
     source: str
 
+    @property
+    def has_gradients(self) -> bool:
+        """Whether the model had gradients to take."""
+        return all(statistics.fisher is not None for statistics in self.statistics.values())
+
     def take(self, name: str) -> FFNStatistics:
         """The statistics of an FFN, which are given away: they are freed once the FFN is fused."""
         return self.statistics.pop(name)
@@ -64,8 +70,9 @@ def calibrate(
     The best inputs are those that the model will be fine-tuned on, then other text, then what a causal LM samples
     itself, then random tokens. 128 sequences suffice. Padding is left out where `attention_mask` says so.
 
-    Then come a few backward passes of a random projection of the model's output, a sentence at a time, for the
-    scales of the narrow FFNs; no labels are needed. A model that has no gradients is fused without them.
+    Then come a few backward passes, a sentence at a time: of the likelihood of the model's own predictions, which
+    tells what errors they would show, and of a random projection of its output, for the scales of the narrow FFNs. No
+    labels are needed. A model that has no gradients is fused without them.
 
     Memory beyond the model's: 4 * width ** 2 bytes an FFN, and 2048 inputs an FFN in the model's dtype. What is on
     a GPU is moved to CPU memory after each pass. For the scales, the activations that the backward pass of one
@@ -96,6 +103,7 @@ def calibrate(
         for start in range(0, len(planned), ffns_per_pass or len(planned)):
             group = planned[start : start + (ffns_per_pass or len(planned))]
             seen, sentences = _record(model, group, batches, sequences, statistics)
+        add_fisher(model, planned, sentences, statistics, config.seed + 2)
         add_tangents(model, planned, sentences[: sentences_for(seen)], statistics, config.seed + 1)
     tokens = max(s.tokens + s.held_out_tokens for s in statistics.values())
     source = "the model's own inputs" if dataloader is None else "data"

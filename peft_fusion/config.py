@@ -10,7 +10,7 @@ from peft import PeftConfig
 from peft.utils import PeftType
 
 METHODS = ("fusion", "clustering", "sketch", "mmd", "svd", "pruning")
-KERNELS = ("auto", "weights", "outputs", "ntk")
+KERNELS = ("auto", "weights", "outputs", "fisher", "ntk")
 REPRESENTATIVES = ("auto", "centroid", "neuron")
 REFITS = ("auto", "ridge", "none")
 BASE_WEIGHTS = ("keep", "offload", "discard")
@@ -36,8 +36,9 @@ class FusionConfig(PeftConfig):
         modules_to_save (`list[str]`, *optional*): Further modules that are trained and saved in full.
         method (`str`): How the narrow FFN comes from the full one: "fusion", or what it is compared with:
             "clustering", "sketch", "mmd", "svd" and "pruning".
-        kernel (`str`): What neurons are compared by: "weights" (the paper), "outputs" or "ntk" (both after
-            `calibrate`); "auto": "outputs" after `calibrate`, else "weights".
+        kernel (`str`): What neurons are compared by: "weights" (the paper), "outputs", "fisher" (outputs, as far as
+            the model's predictions depend on them) or "ntk", the last three after `calibrate`; "auto": "fisher" after
+            `calibrate` ("outputs" for "pruning", and where a model has no gradients), else "weights".
         representative (`str`): What stands for a cluster: "centroid" (the paper) or "neuron" (one of its own);
             "auto": "neuron" after `calibrate`, else "centroid".
         refit (`str`): "ridge" (the out-projection is fitted anew to the original's outputs, after `calibrate`) or

@@ -95,27 +95,40 @@ def _gradients(side: Side, planned: Sequence[PlannedFFN], sentences: Sequence[Ba
     """What goes into every FFN, and what comes back to its output, sentence by sentence until there is enough."""
     found: dict[str, list[tuple[Tensor, Tensor]]] = {p.ffn.name: [] for p in planned}
     most = 0
+
+    def evaluate(batch: Batch) -> Tensor:
+        return function(side(batch, hidden_states=False), batch)
+
     for count, sentence in enumerate(progress(sentences, "Taking gradients")):
         if most >= MOST_TOKENS and count >= 2:  # a kernel is between sentences
             break
-        for name, tokens in _of_sentence(side, planned, sentence, function).items():
+        of_batch = gradients_of_sentence(planned, sentence, side.decodes, evaluate)
+        for name, tokens in of_batch.items():
             found[name].append(tokens)
         most = max(sum(len(x) for x, _ in tokens) for tokens in found.values())
     return {name: TokenGradients(*_joined(tokens), tuple(len(x) for x, _ in tokens)) for name, tokens in found.items()}
 
 
-def _of_sentence(
-    side: Side, planned: Sequence[PlannedFFN], sentence: Batch, function: Function
+def gradients_of_sentence(
+    planned: Sequence[PlannedFFN], sentence: Batch, decodes: bool, evaluate: Callable[[Batch], Tensor]
 ) -> dict[str, tuple[Tensor, Tensor]]:
-    """For every FFN its inputs (tokens, in_dim) and the gradients of its outputs (tokens, out_dim) in CPU memory.
+    """What goes into every FFN, and the gradients by what it puts out.
 
-    Tokens without a gradient, padding above all, are left out.
+    Args:
+        planned: the FFNs.
+        sentence: a batch of one sentence, of which the first `MOST_LENGTH` tokens count.
+        decodes: whether the model is an encoder-decoder.
+        evaluate: maps the batch to the number whose gradients are taken, by running the model.
+
+    Returns:
+        FFN name -> its inputs (tokens, in_dim) and gradients (tokens, out_dim), `MAGNIFIED`, in CPU memory. Tokens
+        without a gradient, padding above all, are left out.
     """
-    keep_labels = side.decodes and "decoder_input_ids" not in sentence
+    keep_labels = decodes and "decoder_input_ids" not in sentence
     batch = _shortened({key: value for key, value in sentence.items() if key != "labels" or keep_labels})
     calls: list[tuple[str, Tensor, Tensor]] = []
     with torch.enable_grad(), _recording(planned, calls):
-        value = function(side(batch, hidden_states=False), batch) * MAGNIFIED
+        value = evaluate(batch) * MAGNIFIED
         gradients = torch.autograd.grad(value, [output for _, _, output in calls], allow_unused=True)
     found = {p.ffn.name: [_no_tokens(p.ffn)] for p in planned}  # all that an expert may get of a sentence
     for (name, x, output), gradient in zip(calls, gradients, strict=True):

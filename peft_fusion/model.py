@@ -135,7 +135,8 @@ class FusionModel(GuardedTuner):
         plan = plan_ffns(model, peft_config, self._state_dict)
         loads = peft_config.fused or self._weights_follow or self._state_dict is not None
         calibration = None if loads else calibration_for(model, plan)
-        recipe = settle(peft_config, calibration.source if calibration else "")
+        source, gradients = (calibration.source, calibration.has_gradients) if calibration else ("", False)
+        recipe = settle(peft_config, source, gradients)
         check_checkpoint(model, peft_config, plan, recipe)
         if loads:
             ffns = [empty_projections(planned, recipe) for planned in plan]

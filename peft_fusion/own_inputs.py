@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-BATCH_SIZE = 16
+BATCH_SIZE = 32  # decoding is bound by reading the weights; more at once is faster and takes memory for keys and values
 
 
 def own_inputs(model: nn.Module, sequences: int, length: int, seed: int) -> Iterator[dict[str, Tensor]]:

@@ -17,7 +17,7 @@ class Recipe:
 
     Args:
         method: which method.
-        kernel: what neurons are compared by: "weights", "outputs" or "ntk".
+        kernel: what neurons are compared by: "weights", "outputs", "fisher" or "ntk".
         representative: what stands for a cluster: "centroid" or "neuron".
         refit: "ridge" or "none".
         scale: "counts", "ntk" or "none".
@@ -36,12 +36,13 @@ class Recipe:
         return asdict(self)
 
 
-def settle(config: FusionConfig, calibration: str) -> Recipe:
+def settle(config: FusionConfig, calibration: str, gradients: bool = False) -> Recipe:
     """The recipe that a configuration comes to.
 
     Args:
         config: the configuration.
         calibration: what statistics there are, in words; "" if the model was not calibrated.
+        gradients: whether they hold the Fisher information.
 
     Returns:
         The recipe.
@@ -54,7 +55,12 @@ def settle(config: FusionConfig, calibration: str) -> Recipe:
         return Recipe(**config.fused_by)
     usable = bool(calibration) and config.method in CALIBRATED_METHODS
     _check_calibrated(config, usable)
-    kernel = config.kernel if config.kernel != "auto" else ("outputs" if usable else "weights")
+    kernel = config.kernel
+    if kernel == "auto":
+        informed = "fisher" if gradients and config.method == "fusion" else "outputs"
+        kernel = informed if usable else "weights"
+    if kernel == "fisher" and not gradients:
+        raise ValueError('`kernel="fisher"` needs gradients, and this model has none; `kernel="outputs"` does not.')
     aware = usable and kernel != "weights"
     representative = config.representative
     if representative == "auto":
@@ -74,7 +80,7 @@ def settle(config: FusionConfig, calibration: str) -> Recipe:
 
 def _check_calibrated(config: FusionConfig, usable: bool) -> None:
     """Refuses what only a calibrated model, or only some methods, can have."""
-    asked = {"kernel": ("outputs", "ntk"), "refit": ("ridge",), "scale": ("ntk",)}
+    asked = {"kernel": ("outputs", "fisher", "ntk"), "refit": ("ridge",), "scale": ("ntk",)}
     for name, values in asked.items():
         value = getattr(config, name)
         if value in values and config.method not in CALIBRATED_METHODS:

@@ -234,15 +234,17 @@ def test_gradients_are_those_of_a_model_that_is_narrow():
 
 def test_gradients_lower_the_kernel_error_on_other_sentences():
     bert, config = BY_NAME["bert"], FusionConfig(ratio=0.25)
-    errors = []
-    for use in (True, False):
-        model = bert.make()
-        calibrate(model, config, batches(bert, count=16))
-        for statistic in found(model, config).values():
-            statistic.tangents = statistic.tangents if use else None
-        fused = get_peft_model(model, config)
-        errors.append(fidelity(fused, [bert.batch(seed=100 + i, size=4) for i in range(4)]).ntk.adam.relative)
-    assert errors[0] < 0.8 * errors[1]
+    errors = [0.0, 0.0]
+    for first in (0, 200, 400):  # on random weights one calibration tells little
+        for index, use in enumerate((True, False)):
+            model = bert.make()
+            calibrate(model, config, [bert.batch(labels=True, seed=first + i, size=4) for i in range(100)])
+            for statistic in found(model, config).values():
+                statistic.tangents = statistic.tangents if use else None
+            fused = get_peft_model(model, config)
+            held_out = [bert.batch(seed=1000 + i, size=4) for i in range(8)]
+            errors[index] += fidelity(fused, held_out).ntk.adam.relative
+    assert errors[0] < 0.9 * errors[1]
 
 
 @pytest.mark.parametrize("training", [True, False])

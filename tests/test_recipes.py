@@ -19,6 +19,7 @@ RECIPES = {
     "pruning": {"method": "pruning"},
     "calibrated": {},
     "calibrated centroids": {"representative": "centroid"},
+    "calibrated outputs": {"kernel": "outputs"},
     "calibrated ntk": {"kernel": "ntk"},
     "calibrated, the paper's scale": {"representative": "centroid", "scale": "counts"},
     "calibrated pruning": {"method": "pruning"},
@@ -88,7 +89,7 @@ def test_saved_configuration_says_what_auto_came_to():
     assert (config.kernel, config.scale) == ("auto", "auto")
     assert config.fused_by == {
         "method": "fusion",
-        "kernel": "outputs",
+        "kernel": "fisher",
         "representative": "neuron",
         "refit": "ridge",
         "scale": "ntk",
@@ -100,6 +101,7 @@ def test_saved_configuration_says_what_auto_came_to():
     ("settings", "message"),
     [
         ({"kernel": "outputs"}, r'`kernel="outputs"` needs to know .* call `calibrate\(model, config, dataloader\)`'),
+        ({"kernel": "fisher"}, '`kernel="fisher"` needs to know'),
         ({"kernel": "ntk"}, '`kernel="ntk"` needs'),
         ({"refit": "ridge"}, '`refit="ridge"` needs'),
         ({"scale": "ntk"}, '`scale="ntk"` needs'),

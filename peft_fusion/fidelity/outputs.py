@@ -128,8 +128,8 @@ def _recording(ffns: list[FFN], recorded: dict[str, list[tuple[Tensor, Tensor]]]
             handle.remove()
 
 
-def _outputs(side: Side, batch: Batch) -> tuple[Tensor | None, Tensor | None]:
-    """The hidden states behind the last layer (an encoder-decoder's decoder), and what the model is there for."""
+def run_whole(side: Side, batch: Batch) -> tuple[Tensor | None, Any]:
+    """The hidden states behind the last layer (an encoder-decoder's decoder), and the model's output."""
     model: Any = side.model
     backbone = getattr(model, "base_model", model)
     if backbone is model and side.decodes and hasattr(model, "get_decoder"):
@@ -141,10 +141,16 @@ def _outputs(side: Side, batch: Batch) -> tuple[Tensor | None, Tensor | None]:
 
     handle = backbone.register_forward_hook(note)
     try:
-        output = main_output(side(batch, hidden_states=False))
+        output = side(batch, hidden_states=False)
         return hidden[0], output
     finally:
         handle.remove()
+
+
+def _outputs(side: Side, batch: Batch) -> tuple[Tensor | None, Tensor | None]:
+    """The hidden states behind the last layer, and what the model is there for."""
+    hidden, output = run_whole(side, batch)
+    return hidden, main_output(output)
 
 
 def main_output(output: Any) -> Tensor | None:

@@ -9,11 +9,11 @@ from torch import Tensor
 
 from .activations import Activation, look_inside
 from .fusion import average, cast, typical_factor
-from .kernels import ntk_kernel, output_kernel, weight_kernel
+from .kernels import metric_root, ntk_kernel, output_kernel, weight_kernel
 from .kmeans import Clustering, kernel_kmeans
 from .neurons import eliminate, most_salient, most_salient_of_each
 from .pruning import norm_products
-from .refit import Moments, moments_of_kept, moments_of_sample, refit
+from .refit import Moments, moments_of_kept, moments_of_sample, refit, relative_error
 from .rows import check_width, select_rows
 from .statistics import FFNStatistics
 from .symmetry import balancing_factors, rescale
@@ -23,7 +23,7 @@ from .weights import FFNWeights, NarrowFFN
 
 @dataclass(frozen=True)
 class _Known:
-    """An FFN and what calibration found out about it."""
+    """An FFN and what calibration found out about it; `root` is that of the metric in which outputs are compared."""
 
     weights: FFNWeights
     statistics: FFNStatistics
@@ -31,16 +31,22 @@ class _Known:
     second_moment: Tensor
     inputs: Tensor
     hidden: Tensor
+    root: Tensor | None
 
     @property
     def outputs(self) -> Tensor:
         """What the FFN puts out on the held-out inputs, without its bias."""
-        return self.hidden @ self.weights.out_weight.to(self.hidden.dtype)
+        return self.hidden @ self.weights.out_weight
+
+    @property
+    def seen_weight(self) -> Tensor:
+        """The out-weights in the coordinates in which their lengths count."""
+        return self.weights.out_weight if self.root is None else self.weights.out_weight @ self.root
 
     @property
     def saliency(self) -> Tensor:
         """E[h_i^2] |w2_i|^2, the size of what each neuron puts out."""
-        return self.second_moment.diagonal() * self.weights.out_weight.float().square().sum(1)
+        return self.second_moment.diagonal() * self.seen_weight.square().sum(1)
 
 
 def fuse_calibrated(
@@ -67,7 +73,8 @@ def fuse_calibrated(
         statistics: what calibration found out about it.
         activation: its activation function.
         method: "fusion" or "pruning" (the most salient neurons).
-        kernel: what neurons are compared by: "weights", "outputs" or "ntk".
+        kernel: what neurons are compared by: "weights", "outputs", "fisher" or "ntk". With "fisher" every error of an
+            output is measured in that metric.
         representative: what stands for a cluster: "centroid", its mean; "neuron", a real one. For real ones, what
             each FFN gets is decided by the error on held-out tokens, between the most salient neuron of every
             cluster, the neurons left by `eliminate` and the most salient ones.
@@ -82,10 +89,11 @@ def fuse_calibrated(
         The narrow FFN, in the dtype of `weights`.
 
     Raises:
-        ValueError: if `width` is out of range, or the statistics are of an FFN of another shape.
+        ValueError: if `width` is out of range, the statistics are of an FFN of another shape, or hold no gradients
+            for the kernel "fisher".
     """
     check_width(weights, width)
-    known = _known(weights, statistics, activation)
+    known = _known(weights, statistics, activation, kernel)
     clustering = {"n_init": n_init, "max_iter": max_iter}
     settings = {name: value for name, value in clustering.items() if value is not None}
 
@@ -105,11 +113,11 @@ def fuse_calibrated(
     return NarrowFFN(cast(narrow.weights, weights.out_weight.dtype), narrow.scale, narrow.in_scales)
 
 
-def _known(weights: FFNWeights, statistics: FFNStatistics, activation: Activation) -> _Known:
+def _known(weights: FFNWeights, statistics: FFNStatistics, activation: Activation, kernel: str) -> _Known:
     """Brings everything together in float32 on the device of the weights.
 
     Raises:
-        ValueError: if the statistics are of an FFN of another shape.
+        ValueError: if the statistics are of an FFN of another shape, or lack what the kernel needs.
     """
     shape = (weights.width, weights.in_weights[0].shape[1])
     if shape != (statistics.width, statistics.in_dim):
@@ -117,18 +125,23 @@ def _known(weights: FFNWeights, statistics: FFNStatistics, activation: Activatio
             f"The statistics are of an FFN of {statistics.width} neurons and {statistics.in_dim} inputs, but this one "
             f"has {shape[0]} and {shape[1]}. Calibrate again."
         )
+    if kernel == "fisher" and statistics.fisher is None:
+        raise ValueError('The kernel "fisher" needs gradients, and these statistics have none.')
     weights = cast(weights, torch.promote_types(weights.out_weight.dtype, torch.float32))
+    root = None
+    if kernel == "fisher" and statistics.fisher is not None:
+        root = metric_root(statistics.fisher.to(weights.out_weight))
     moment = statistics.second_moment.to(weights.out_weight.device)
     inputs = statistics.held_out.to(weights.out_weight)
     hidden = look_inside(weights, activation, inputs).hidden
-    return _Known(weights, statistics, activation, moment, inputs, hidden)
+    return _Known(weights, statistics, activation, moment, inputs, hidden, root)
 
 
 def _kernel(known: _Known, kernel: str, degree: int | None) -> Tensor:
     if kernel == "weights":
         return weight_kernel(known.weights, degree)
-    if kernel == "outputs":
-        return output_kernel(known.weights, known.second_moment)
+    if kernel in ("outputs", "fisher"):
+        return output_kernel(known.seen_weight, known.second_moment)
     return ntk_kernel(known.weights, known.second_moment, known.inputs, known.activation, degree)
 
 
@@ -136,7 +149,7 @@ def _candidates(known: _Known, clustering: Clustering, width: int) -> list[Tenso
     """Choices of real neurons to decide between."""
     return [
         most_salient_of_each(known.saliency, clustering.labels, width).sort().values,
-        eliminate(known.second_moment, known.weights.out_weight, width),
+        eliminate(known.second_moment, known.seen_weight, width),
         most_salient(known.saliency, width),
     ]
 
@@ -148,7 +161,7 @@ def _best_of(candidates: list[Tensor], known: _Known, how: str) -> NarrowFFN:
     for kept in candidates:
         narrow = select_rows(known.weights, kept)
         moments = moments_of_kept(known.second_moment, mean, known.weights.out_weight, kept)
-        found.append(_refitted(narrow, moments, known.hidden[:, kept], known.outputs, how))
+        found.append(_refitted(narrow, moments, known.hidden[:, kept], known.outputs, known.root, how))
     best, _ = min(found, key=lambda result: result[1])
     return NarrowFFN(best, torch.ones(best.width, device=best.out_weight.device))
 
@@ -170,19 +183,18 @@ def _centroids(known: _Known, clustering: Clustering, degree: int | None, how: s
     hidden = look_inside(centroids, known.activation, known.inputs).hidden * counts
     half = len(hidden) // 2
     moments = moments_of_sample(hidden[:half], known.outputs[:half])
-    fitted, _ = _refitted(centroids, moments, hidden[half:], known.outputs[half:], how)
+    fitted, _ = _refitted(centroids, moments, hidden[half:], known.outputs[half:], known.root, how)
     return NarrowFFN(fitted, counts)
 
 
 def _refitted(
-    narrow: FFNWeights, moments: Moments, hidden: Tensor, outputs: Tensor, how: str
+    narrow: FFNWeights, moments: Moments, hidden: Tensor, outputs: Tensor, root: Tensor | None, how: str
 ) -> tuple[FFNWeights, float]:
     """A narrow FFN with its out-projection fitted, and its relative squared error on held-out tokens."""
     prior, bias = narrow.out_weight, narrow.out_bias
     if how == "none":
-        difference = hidden @ prior - outputs
-        return narrow, float(difference.square().sum() / outputs.square().sum().clamp(min=1e-30))
-    fit = refit(moments, prior, hidden, outputs, with_bias=bias is not None)
+        return narrow, relative_error(hidden @ prior, outputs, root)
+    fit = refit(moments, prior, hidden, outputs, with_bias=bias is not None, root=root)
     if bias is not None and fit.bias_change is not None:
         bias = bias + fit.bias_change.to(bias)
     return FFNWeights(narrow.in_weights, narrow.in_biases, fit.out_weight.to(prior), bias), fit.error

@@ -3,10 +3,15 @@
 A sub-MLP's output is the random vector h_i(x) w2_i, so that over the calibration tokens
 
     outputs:  K_ij = E[h_i h_j] <w2_i, w2_j>
+    fisher:   K_ij = E[h_i h_j] <w2_i, F w2_j>,  F = E[d d^T]
     ntk:      adds the gradient features, h_i for w2_i and h'_i |w2_i| |x| for each in-weight:
               K_ij + a E[h_i h_j] + sum_k b_k E[h'_ik h'_jk |x|^2] <w2_i, w2_j>
 
-The first does not depend on how a sub-MLP is parametrised; the second does, as gradients do, and is taken in the
+With d the gradient of the model's log-likelihood by what the FFN puts out, F is the Fisher information of that output:
+the squared length of an error in its metric is, to second order, the change of the model's predictions. What the layers
+above do not look at costs nothing there.
+
+The first two do not depend on how a sub-MLP is parametrised; the last does, as gradients do, and is taken in the
 balanced coordinates of `symmetry`. Its parts are given equal traces.
 """
 
@@ -19,6 +24,9 @@ from .activations import Activation, look_inside
 from .gram import gram_matrix
 from .symmetry import balancing_factors, rescale
 from .weights import FFNWeights
+
+FLATTENING = 0.1
+"""How much of the identity is added to the Fisher information, relative to its mean eigenvalue: it is an estimate."""
 
 
 def weight_kernel(weights: FFNWeights, degree: int | None = None) -> Tensor:
@@ -36,17 +44,32 @@ def weight_kernel(weights: FFNWeights, degree: int | None = None) -> Tensor:
     return gram_matrix(balanced.blocks())
 
 
-def output_kernel(weights: FFNWeights, second_moment: Tensor) -> Tensor:
+def output_kernel(out_weight: Tensor, second_moment: Tensor) -> Tensor:
     """Inner products of the sub-MLPs' outputs over calibration tokens.
 
     Args:
-        weights: the FFN's weights.
+        out_weight: tensor of shape (neurons, out_dim); times `metric_root`, it makes the kernel "fisher".
         second_moment: E[h h^T], tensor of shape (neurons, neurons).
 
     Returns:
         Symmetric tensor of shape (neurons, neurons).
     """
-    return gram_matrix([weights.out_weight]).mul_(second_moment.to(weights.out_weight.device))
+    return gram_matrix([out_weight]).mul_(second_moment.to(out_weight.device))
+
+
+def metric_root(fisher: Tensor) -> Tensor:
+    """The symmetric root R of a metric in which outputs are compared: <y, F y> = |R y|^2.
+
+    Args:
+        fisher: E[d d^T], tensor of shape (out_dim, out_dim), of any scale.
+
+    Returns:
+        Tensor of the same shape, dtype and device. The metric's mean eigenvalue is 1 (+ `FLATTENING`).
+    """
+    size = fisher.diagonal().mean().clamp(min=1e-30)
+    values, vectors = torch.linalg.eigh(fisher.double() / size)
+    root = vectors * (values.clamp(min=0) + FLATTENING).sqrt() @ vectors.T
+    return root.to(fisher.dtype)
 
 
 def ntk_kernel(

@@ -41,7 +41,7 @@ class Refit:
         out_weight: tensor of shape (width, out_dim).
         bias_change: tensor of shape (out_dim,), to be added to the original's bias; None if it has none.
         strength: of the ridge; infinite if nothing was refitted.
-        error: the relative squared error on held-out tokens.
+        error: the `relative_error` on held-out tokens.
     """
 
     out_weight: Tensor
@@ -71,19 +71,35 @@ def moments_of_sample(hidden: Tensor, outputs: Tensor) -> Moments:
     return Moments(g.T @ g / count, g.T @ y / count, g.mean(0), y.mean(0))
 
 
+def relative_error(found: Tensor, expected: Tensor, root: Tensor | None = None) -> float:
+    """The squared error of outputs, relative to their size.
+
+    Args:
+        found: tensor of shape (tokens, out_dim).
+        expected: the same of the original.
+        root: of the metric in which both are measured, shape (out_dim, out_dim); None: the plain one.
+    """
+    difference, size = found - expected, expected
+    if root is not None:
+        difference, size = difference @ root.to(found), expected @ root.to(expected)
+    return float(difference.square().sum() / size.square().sum().clamp(min=1e-30))
+
+
 def refit(
     moments: Moments,
     prior: Tensor,
     hidden: Tensor,
     outputs: Tensor,
     with_bias: bool,
+    root: Tensor | None = None,
 ) -> Refit:
     """Fits the out-projection by ridge regression, shrunk towards a solution that needs no data.
 
         minimise over B:  E|y - B^T g|^2 + strength * sum_j E[g_j^2] |B_j - prior_j|^2
 
     The strength is the one of the lowest error on held-out tokens; no refit is among the candidates, so that the
-    result is never worse on them.
+    result is never worse on them. The minimum does not depend on the metric in which errors are measured, as every
+    output has weights of its own; the choice of the strength does.
 
     Args:
         moments: over the tokens to fit to.
@@ -91,6 +107,7 @@ def refit(
         hidden: the narrow hidden activations on held-out tokens, shape (tokens, width).
         outputs: the original's outputs on them, without its bias, shape (tokens, out_dim).
         with_bias: whether the FFN has an out-bias to adapt; none is invented.
+        root: of the metric in which errors are measured; see `relative_error`.
 
     Returns:
         The best fit.
@@ -109,7 +126,7 @@ def refit(
             weight = torch.cholesky_solve(right, torch.linalg.cholesky(matrix)) / unit.unsqueeze(1)
         shift = moments.mean_out - moments.mean @ weight if with_bias and strength != float("inf") else None
         found = g @ weight if shift is None else g @ weight + shift
-        error = float((found - y).square().sum() / y.square().sum().clamp(min=1e-300))
+        error = relative_error(found, y, root)
         if best is None or error < best.error:
             best = Refit(weight, shift, strength, error)
     assert best is not None

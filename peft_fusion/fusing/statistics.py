@@ -12,9 +12,10 @@ SAMPLE_TOKENS = 2048
 
 
 class FFNStatistics:
-    """Second moments of an FFN's hidden activations, a sample of its inputs, and what its scales are fitted to.
+    """Second moments of an FFN's hidden activations, a sample of its inputs, and what gradients told of it.
 
-    Memory: 4 * neurons ** 2 bytes for the products, `SAMPLE_TOKENS` inputs, and the `tangents` once they are set.
+    Memory: 4 * neurons ** 2 bytes for the products, `SAMPLE_TOKENS` inputs, and once they are set the `tangents` and
+    the `fisher` information, 4 * out_dim ** 2 bytes.
 
     Args:
         width: the FFN's neurons.
@@ -30,6 +31,7 @@ class FFNStatistics:
         self._held_out: list[Tensor] = []
         self.held_out_tokens = 0
         self.tangents: Tangents | None = None
+        self.fisher: Tensor | None = None  # E[d d^T], d: gradients of the log-likelihood by what the FFN puts out
 
     def add(self, hidden: Tensor) -> None:
         """Adds the hidden activations of training tokens.

@@ -11,7 +11,7 @@ from torch.nn.functional import gelu, relu, silu
 
 from peft_fusion.fusing.activations import look_inside
 from peft_fusion.fusing.calibrated import fuse_calibrated
-from peft_fusion.fusing.kernels import ntk_kernel, output_kernel, weight_kernel
+from peft_fusion.fusing.kernels import FLATTENING, metric_root, ntk_kernel, output_kernel, weight_kernel
 from peft_fusion.fusing.neurons import eliminate, most_salient_of_each
 from peft_fusion.fusing.refit import moments_of_kept, refit
 from peft_fusion.fusing.rows import select_rows
@@ -70,7 +70,7 @@ def test_kernels_do_not_see_a_rescaling_that_leaves_the_function(gated, activati
         kernels.append(
             (
                 weight_kernel(version, degree),
-                output_kernel(version, moment),
+                output_kernel(version.out_weight, moment),
                 ntk_kernel(version, moment, x, activation, degree),
             )
         )
@@ -83,7 +83,38 @@ def test_the_output_kernel_is_the_inner_product_of_outputs():
     hidden = look_inside(weights, silu, x).hidden
     rows = hidden.T.unsqueeze(2) * weights.out_weight.unsqueeze(1)  # (neurons, tokens, out)
     expected = rows.flatten(1) @ rows.flatten(1).T / len(x)
-    torch.testing.assert_close(output_kernel(weights, hidden.T @ hidden / len(x)), expected)
+    torch.testing.assert_close(output_kernel(weights.out_weight, hidden.T @ hidden / len(x)), expected)
+
+
+def test_the_fisher_kernel_is_the_inner_product_of_outputs_in_its_metric():
+    weights, x, a = make(gated=True), draw(50, DIM, seed=5), draw(DIM, DIM, seed=6)
+    hidden = look_inside(weights, silu, x).hidden
+    metric = a @ a.T
+    rows = hidden.T.unsqueeze(2) * weights.out_weight.unsqueeze(1)  # (neurons, tokens, out)
+    expected = torch.einsum("ito,op,jtp->ij", rows, metric, rows) / len(x)
+    scale = metric.diagonal().mean()
+    flat = FLATTENING * output_kernel(weights.out_weight, hidden.T @ hidden / len(x))
+    found = output_kernel(weights.out_weight @ metric_root(metric), hidden.T @ hidden / len(x))
+    torch.testing.assert_close(found, expected / scale + flat)
+
+
+@pytest.mark.parametrize("gated, activation", [(False, gelu), (True, silu)])
+def test_what_predictions_depend_on_is_kept_best(gated, activation):
+    weights, x = make(gated), draw(1000, DIM, seed=50)
+    goal = outputs(plain(weights), activation, x)
+    errors = {}
+    for kernel in ("outputs", "fisher"):
+        statistics = gather(weights, activation, 4000)
+        statistics.fisher = torch.diag(torch.eye(DIM)[0])  # only the first of the outputs is looked at
+        narrow = fuse_calibrated(weights, 5, statistics, activation, kernel=kernel)
+        errors[kernel] = (outputs(narrow, activation, x) - goal).square().mean(0)
+    assert float(errors["fisher"][0]) < 0.7 * float(errors["outputs"][0])
+    assert float(errors["fisher"].sum()) > float(errors["outputs"].sum())
+
+
+def test_the_fisher_kernel_needs_gradients():
+    with pytest.raises(ValueError, match="needs gradients, and these statistics have none"):
+        fuse_calibrated(make(gated=True), 8, gather(make(gated=True), silu), silu, kernel="fisher")
 
 
 @pytest.mark.parametrize("width", [6, 3])
