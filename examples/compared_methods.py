@@ -14,7 +14,8 @@ class Method:
         settings: of the `FusionConfig`; None: the FFNs keep their width.
         calibrated: whether `calibrate` sees the training inputs first.
         tuned: the objective of `tune_layers`, which follows on the training inputs; "" for none.
-        trains: without settings: "all", "ffns" (what a fused model trains: FFNs and head) or "lora".
+        trains: "ffns" (FFNs and head, as a fused model by itself) or "attention" (these and the attention); without
+            settings also "all" or "lora".
     """
 
     settings: dict[str, Any] | None = field(default_factory=dict)
@@ -46,4 +47,8 @@ METHODS = {
     "calibrated: fusion, tuned": Method({}, True, "hidden_states"),
     "calibrated: pruning, FFNs tuned": Method(PRUNING, True, "ffn"),
     "calibrated: fusion, FFNs tuned": Method({}, True, "ffn"),
+    "calibrated: pruning, attention trains": Method(PRUNING, True, trains="attention"),
+    "calibrated: fusion, attention trains": Method({}, True, trains="attention"),
+    "calibrated: pruning, FFNs tuned, attention trains": Method(PRUNING, True, "ffn", "attention"),
+    "calibrated: fusion, FFNs tuned, attention trains": Method({}, True, "ffn", "attention"),
 }

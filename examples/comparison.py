@@ -14,7 +14,7 @@ from accelerate import Accelerator
 from arguments import layer_indices
 from compared_methods import METHODS, Method
 from data import load_text_classification
-from methods import head, with_lora
+from methods import attention, head, with_lora
 from models import classifier_path, load_classifier, load_tokenizer
 from peft import PeftModel, get_peft_model
 from torch.utils.data import DataLoader
@@ -116,7 +116,8 @@ def prepare(
     """The model to train, with what is to train requiring gradients."""
     layers = layer_indices(setting.layers, model.config.num_hidden_layers)
     if method.settings is not None:
-        where = {"layers_to_transform": layers, "modules_to_save": head(model)}
+        others = attention(model) if method.trains == "attention" else []
+        where = {"layers_to_transform": layers, "modules_to_save": head(model) + others}
         config = FusionConfig(task_type="SEQ_CLS", ratio=ratio, seed=seed, **where, **method.settings)
         if method.calibrated:
             calibrate(model, config, batches, sequences=CALIBRATION_SENTENCES)

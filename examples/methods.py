@@ -43,6 +43,11 @@ def head(model: PreTrainedModel) -> list[str]:
     return [name for name, _ in model.named_modules() if name.endswith("pooler")]
 
 
+def attention(model: PreTrainedModel) -> list[str]:
+    """The attention of every layer, for `modules_to_save`: what trains beside the FFNs where memory allows it."""
+    return [name for name, _ in model.named_modules() if name.split(".")[-1] in ("attention", "attn")]
+
+
 def fusion(model: PreTrainedModel, ratio: float, batches: Batches) -> PeftModel:
     from peft import get_peft_model
 
