@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from .config import FusionConfig
 from .ffn import features, read_ffn
 from .fidelity.pair import Side
-from .fisher import add_fisher
+from .fisher import fisher_information
 from .fusing.statistics import FFNStatistics
 from .gradients import MOST_SENTENCES, add_tangents, sentences_for
 from .own_inputs import own_inputs
@@ -98,12 +98,14 @@ def calibrate(
             raise ValueError(f"`{name}` must be an integer of at least 1, but got {value!r}.")
     planned = plan_ffns(model, config)
     statistics: dict[str, FFNStatistics] = {}
-    with Side(model, [p.ffn for p in planned], fused=False).running():
+    side = Side(model, [p.ffn for p in planned], fused=False)
+    with side.running():
         batches: Iterable[Batch] = dataloader if dataloader is not None else _own(model, sequences, length, config)
         for start in range(0, len(planned), ffns_per_pass or len(planned)):
             group = planned[start : start + (ffns_per_pass or len(planned))]
             seen, sentences = _record(model, group, batches, sequences, statistics)
-        add_fisher(model, planned, sentences, statistics, config.seed + 2)
+        for name, fisher in (fisher_information(side, sentences, config.seed + 2) or {}).items():
+            statistics[name].fisher = fisher
         add_tangents(model, planned, sentences[: sentences_for(seen)], statistics, config.seed + 1)
     tokens = max(s.tokens + s.held_out_tokens for s in statistics.values())
     source = "the model's own inputs" if dataloader is None else "data"

@@ -3,39 +3,32 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from .fidelity.outputs import main_output, padding_mask, run_whole
 from .fidelity.pair import Side
-from .fusing.statistics import FFNStatistics
 from .gradients import Batch, gradients_of_sentence
-from .plan import PlannedFFN
 from .progress import progress
 
 
-def add_fisher(
-    model: nn.Module,
-    planned: Sequence[PlannedFFN],
-    sentences: Sequence[Batch],
-    statistics: Mapping[str, FFNStatistics],
-    seed: int,
-) -> None:
-    """Adds to the statistics of every FFN F = E[d d^T]; nothing, with a warning, where the model has no gradients.
+def fisher_information(side: Side, sentences: Sequence[Batch], seed: int) -> dict[str, Tensor] | None:
+    """F = E[d d^T] of every FFN, up to a factor.
 
     d is the gradient, by what the FFN puts out at a token, of the log-likelihood of outputs that are drawn from the
     model itself; no labels are needed. Memory: the graph of one sentence, and 4 * out_dim ** 2 bytes an FFN.
 
     Args:
-        model: the model in eval mode, showing its original FFNs.
-        planned: the FFNs.
+        side: the original model in eval mode, and its FFNs.
         sentences: batches of one sentence each.
-        statistics: FFN name -> what calibration found out about it.
         seed: of the draws.
+
+    Returns:
+        FFN name -> tensor of shape (out_dim, out_dim) in CPU memory. None, with a warning, where the model has no
+        gradients.
     """
-    side = Side(model, [p.ffn for p in planned], fused=False)
     generator = torch.Generator().manual_seed(seed)
     sums: dict[str, Tensor] = {}
 
@@ -44,21 +37,19 @@ def add_fisher(
 
     try:
         for sentence in progress(sentences, "Taking gradients of predictions"):
-            found = gradients_of_sentence(planned, sentence, side.decodes, likelihood)
-            for name, (_, gradients) in found.items():
-                gradients = gradients.float()
-                sums[name] = torch.addmm(sums.get(name, gradients.new_zeros(())), gradients.T, gradients)
+            for name, (_, gradients) in gradients_of_sentence(side, sentence, likelihood).items():
+                d = gradients.float()
+                sums[name] = torch.addmm(sums.get(name, d.new_zeros(())), d.T, d)
         if not all(bool(total.isfinite().all()) for total in sums.values()):
             raise ValueError("gradients are not finite")
-    except Exception as error:  # whatever a model cannot do, neurons can be compared without it
+    except Exception as error:  # whatever a model cannot do, FFNs can be compared without it
         warnings.warn(
-            f"No gradients could be taken through {type(model).__name__}, so its neurons are compared without them: "
-            f"{type(error).__name__}: {error}",
+            f"No gradients could be taken through {type(side.model).__name__}, so errors of its FFNs' outputs all "
+            f"count alike: {type(error).__name__}: {error}",
             stacklevel=3,
         )
-        return
-    for name, total in sums.items():
-        statistics[name].fisher = total
+        return None
+    return sums
 
 
 def drawn_likelihood(side: Side, batch: Batch, generator: torch.Generator) -> Tensor:

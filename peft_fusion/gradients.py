@@ -63,14 +63,14 @@ def add_tangents(
     try:
         side = Side(model, [p.ffn for p in planned], fused=False)
         function = random_projection(side, seed)
-        originals = _gradients(side, planned, sentences, function)
+        originals = _gradients(side, sentences, function)
         used = sentences[: len(next(iter(originals.values())).counts)]
         kernels = {
             p.ffn.name: adam_kernels(read_ffn(p.ffn), find_activation(p.ffn), originals.pop(p.ffn.name))
             for p in planned
         }
         with _stand_ins(planned, statistics):
-            narrow = _gradients(side, planned, used, function)
+            narrow = _gradients(side, used, function)
     except Exception as error:  # whatever a model cannot do, the fit of the scales is a refinement
         warnings.warn(
             f"No gradients could be taken through {type(model).__name__}, so the scales of its narrow FFNs are "
@@ -91,9 +91,9 @@ def _kernels(ffn: FFN, tokens: TokenGradients) -> tuple[Tensor, ...]:
     return adam_kernels(read_ffn(ffn), find_activation(ffn), tokens)
 
 
-def _gradients(side: Side, planned: Sequence[PlannedFFN], sentences: Sequence[Batch], function: Function) -> Gradients:
+def _gradients(side: Side, sentences: Sequence[Batch], function: Function) -> Gradients:
     """What goes into every FFN, and what comes back to its output, sentence by sentence until there is enough."""
-    found: dict[str, list[tuple[Tensor, Tensor]]] = {p.ffn.name: [] for p in planned}
+    found: dict[str, list[tuple[Tensor, Tensor]]] = {ffn.name: [] for ffn in side.ffns}
     most = 0
 
     def evaluate(batch: Batch) -> Tensor:
@@ -102,40 +102,45 @@ def _gradients(side: Side, planned: Sequence[PlannedFFN], sentences: Sequence[Ba
     for count, sentence in enumerate(progress(sentences, "Taking gradients")):
         if most >= MOST_TOKENS and count >= 2:  # a kernel is between sentences
             break
-        of_batch = gradients_of_sentence(planned, sentence, side.decodes, evaluate)
-        for name, tokens in of_batch.items():
+        for name, tokens in gradients_of_sentence(side, sentence, evaluate).items():
             found[name].append(tokens)
         most = max(sum(len(x) for x, _ in tokens) for tokens in found.values())
     return {name: TokenGradients(*_joined(tokens), tuple(len(x) for x, _ in tokens)) for name, tokens in found.items()}
 
 
 def gradients_of_sentence(
-    planned: Sequence[PlannedFFN], sentence: Batch, decodes: bool, evaluate: Callable[[Batch], Tensor]
+    side: Side, sentence: Batch, evaluate: Callable[[Batch], Tensor]
 ) -> dict[str, tuple[Tensor, Tensor]]:
     """What goes into every FFN, and the gradients by what it puts out.
 
     Args:
-        planned: the FFNs.
+        side: the model in eval mode, and its FFNs.
         sentence: a batch of one sentence, of which the first `MOST_LENGTH` tokens count.
-        decodes: whether the model is an encoder-decoder.
         evaluate: maps the batch to the number whose gradients are taken, by running the model.
 
     Returns:
         FFN name -> its inputs (tokens, in_dim) and gradients (tokens, out_dim), `MAGNIFIED`, in CPU memory. Tokens
         without a gradient, padding above all, are left out.
     """
-    keep_labels = decodes and "decoder_input_ids" not in sentence
+    keep_labels = side.decodes and "decoder_input_ids" not in sentence
     batch = _shortened({key: value for key, value in sentence.items() if key != "labels" or keep_labels})
     calls: list[tuple[str, Tensor, Tensor]] = []
-    with torch.enable_grad(), _recording(planned, calls):
+    with torch.enable_grad(), _recording(side.ffns, calls):
         value = evaluate(batch) * MAGNIFIED
         gradients = torch.autograd.grad(value, [output for _, _, output in calls], allow_unused=True)
-    found = {p.ffn.name: [_no_tokens(p.ffn)] for p in planned}  # all that an expert may get of a sentence
+    found = {ffn.name: [_no_tokens(ffn)] for ffn in side.ffns}  # all that an expert may get of a sentence
     for (name, x, output), gradient in zip(calls, gradients, strict=True):
         d = (torch.zeros_like(output) if gradient is None else gradient).flatten(0, -2)
         acts = (d != 0).any(1)
         found[name].append((x.detach().flatten(0, -2)[acts].cpu(), d[acts].cpu()))
     return {name: _joined(tokens) for name, tokens in found.items()}
+
+
+def single_sentences(batch: Batch, first: int = 0, step: int = 1) -> Iterator[Batch]:
+    """Every `step`-th of a batch's sequences as a batch of its own; copies, so that the others need not be kept."""
+    size = len(next(iter(batch.values())))
+    for i in range(first, size, step):
+        yield {k: v[i : i + 1].clone() if v.dim() and len(v) == size else v for k, v in batch.items()}
 
 
 def _shortened(sentence: Batch) -> Batch:
@@ -159,14 +164,14 @@ def _joined(tokens: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
 
 
 @contextmanager
-def _recording(planned: Sequence[PlannedFFN], calls: list[tuple[str, Tensor, Tensor]]) -> Iterator[None]:
+def _recording(ffns: Sequence[FFN], calls: list[tuple[str, Tensor, Tensor]]) -> Iterator[None]:
     """Notes every call of the FFNs, with an output that gradients can be taken of though no weight requires one."""
     with ExitStack() as hooks:
-        for p in planned:
+        for ffn in ffns:
             inputs: list[Tensor] = []
-            first, *_, out = p.ffn.projections
+            first, *_, out = ffn.projections
             hooks.callback(first.register_forward_pre_hook(_note_input(inputs)).remove)
-            hooks.callback(out.register_forward_hook(_note_output(p.ffn.name, inputs, calls)).remove)
+            hooks.callback(out.register_forward_hook(_note_output(ffn.name, inputs, calls)).remove)
         yield
 
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from itertools import islice
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from .fusing.statistics import FFNStatistics
+from .gradients import single_sentences
 
 HELD_OUT = 4
 """One sequence in so many is held out."""
@@ -61,9 +63,8 @@ class Recorder:
             decoder = batch["labels"] != -100
         self._masks = {"encoder": batch.get("attention_mask"), "decoder": decoder}
         self._size, self._first = len(next(iter(batch.values()))), seen
-        for i in range((HELD_OUT - 1 - seen) % HELD_OUT, self._size, HELD_OUT):
-            if len(self.sentences) < self._most_sentences:
-                self.sentences.append(_single(batch, i, self._size))
+        held_out = single_sentences(batch, (HELD_OUT - 1 - seen) % HELD_OUT, HELD_OUT)
+        self.sentences += islice(held_out, self._most_sentences - len(self.sentences))
         return self._size
 
     def inputs_hook(self, name: str) -> Hook:
@@ -123,8 +124,3 @@ class Recorder:
         sequence = self._first + torch.arange(count, device=device) * self._size // max(count, 1)
         held_out = sequence % HELD_OUT == HELD_OUT - 1
         return tokens, valid & ~held_out, valid & held_out
-
-
-def _single(batch: Mapping[str, Tensor], index: int, size: int) -> Mapping[str, Tensor]:
-    """One of a batch's sequences as a batch of its own; copies, so that the others need not be kept."""
-    return {k: v[index : index + 1].clone() if v.dim() and len(v) == size else v for k, v in batch.items()}

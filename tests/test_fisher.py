@@ -96,7 +96,7 @@ def test_without_gradients_neurons_are_compared_by_their_outputs(unchanged):
     model = llama.make()
     model.lm_head.forward = torch.no_grad()(model.lm_head.forward)
     check = unchanged(model)
-    with pytest.warns(UserWarning, match="its neurons are compared without them: RuntimeError"):
+    with pytest.warns(UserWarning, match="errors of its FFNs' outputs all count alike: RuntimeError"):
         calibrate(model, config, [llama.batch(size=8)])
     check()
     assert set(fishers(model, config).values()) == {None}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-SHRINKAGE = 1.0
+SHRINKAGE = 3.0
 """Ridge in `eliminate`, relative to each neuron's second moment: how far correlations are trusted on other text."""
 
 ROUNDS = 24

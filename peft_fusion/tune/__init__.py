@@ -32,7 +32,8 @@ def tune_layers(
 
     "ffn": each narrow FFN on its own learns to put out what the original FFN does, on the original's inputs to it.
     The layers are independent, nothing is propagated through the model, and a narrow FFN is left as it is unless it
-    gets better on held-out tokens. Memory: `tokens` inputs an FFN, in the model's dtype.
+    gets better on held-out tokens. An error counts as far as the model's predictions depend on it: it is measured in
+    the Fisher metric (`fusing/kernels.py`). Memory: `tokens` inputs an FFN, in the model's dtype.
 
     "hidden_states": the paper's layer-wise task-specific tuning: the whole fused model learns to reproduce the hidden
     states after every layer (mean squared error over tokens that are not padding).
@@ -51,8 +52,8 @@ def tune_layers(
         seed: of the order of tokens.
 
     Returns:
-        FFN name -> its relative squared output error on held-out tokens before and after; for "hidden_states" the
-        mean squared error of the first and of the last tenth of the steps, under that name.
+        FFN name -> its relative squared output error, in that metric, on held-out tokens before and after; for
+        "hidden_states" the mean squared error of the first and of the last tenth of the steps, under that name.
 
     Raises:
         ValueError: for an unknown objective, a number out of range, no fusion adapter, or unusable batches.

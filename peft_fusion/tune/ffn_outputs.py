@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
+from itertools import islice
 from typing import Any
 
 import torch
@@ -12,6 +13,9 @@ from torch import Tensor, nn
 from ..ffn import FFN, run_ffn
 from ..fidelity.outputs import padding_mask
 from ..fidelity.pair import Batch, Side, active_narrow
+from ..fisher import fisher_information
+from ..fusing.kernels import metric_root
+from ..gradients import MOST_SENTENCES, single_sentences
 from ..layer import FusionLayer
 from ..progress import progress
 
@@ -31,24 +35,59 @@ def tune_ffn_outputs(
 ) -> dict[str, tuple[float, float]]:
     """Tunes every narrow FFN; see `tune_layers`, objective "ffn"."""
     with original.running():
-        inputs = _collect_inputs(original, dataloader, tokens)
+        inputs, sentences = _collect_inputs(original, dataloader, tokens)
+        fisher = fisher_information(original, sentences, seed) or {}
         errors = {}
         pairs = list(zip(original.ffns, fused.ffns, strict=True))
         for teacher, student in progress(pairs, "Tuning FFNs"):
             x = inputs.pop(teacher.name)
             with torch.no_grad():
                 y = torch.cat([run_ffn(teacher, teacher.base_projections, part) for part in x.split(BATCH_TOKENS)])
-            errors[student.name] = _fit(student, x, y, learning_rate, steps, seed)
+            root = metric_root(fisher[teacher.name].to(y.device)) if teacher.name in fisher else None
+            errors[student.name] = _fit(_Student(student, root), x, y, learning_rate, steps, seed)
     return errors
 
 
-def _collect_inputs(side: Side, dataloader: Iterable[Batch], tokens: int) -> dict[str, Tensor]:
-    """The inputs of every FFN, tensors of shape (tokens, in_dim), without padding.
+class _Student:
+    """A narrow FFN that learns: maps inputs (tokens, in_dim) to outputs in the metric's coordinates, in float32.
+
+    Args:
+        ffn: its projections, fusion layers or plain modules.
+        root: of the metric in which errors are measured, (out_dim, out_dim); None: the plain one.
+    """
+
+    def __init__(self, ffn: FFN, root: Tensor | None) -> None:
+        self.ffn, self.root = ffn, root
+        self.modules = [narrow for layer in ffn.projections if (narrow := _narrow(layer)) is not None]
+        self.parameters = [parameter for module in self.modules for parameter in module.parameters()]
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """The products are in bfloat16 where it is fast.
+
+        Its rounding, 0.4 % of a value, is far below what a narrow FFN misses, and the weights stay in float32.
+        """
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=_fast_bfloat16(x.device)):
+            y = run_ffn(self.ffn, self.modules, x).float()
+        return self.seen(y)
+
+    def seen(self, y: Tensor) -> Tensor:
+        """Outputs (tokens, out_dim) in the metric's coordinates."""
+        return y if self.root is None else y @ self.root
+
+    @torch.no_grad()
+    def error(self, x: Tensor, y: Tensor) -> float:
+        """The relative squared error on inputs whose right outputs, in the metric's coordinates, are y."""
+        return float((self(x) - y).square().sum() / y.square().sum().clamp(min=1e-30))
+
+
+def _collect_inputs(side: Side, dataloader: Iterable[Batch], tokens: int) -> tuple[dict[str, Tensor], list[Batch]]:
+    """The inputs of every FFN, tensors of shape (tokens, in_dim), without padding, and some sentences.
 
     Raises:
         ValueError: if the data loader gives no batch that the model takes.
     """
     kept: dict[str, list[Tensor]] = {ffn.name: [] for ffn in side.ffns}
+    sentences: list[Batch] = []
     with ExitStack() as stack, torch.no_grad():
         current: dict[str, Any] = {}
         for ffn in side.ffns:
@@ -60,11 +99,12 @@ def _collect_inputs(side: Side, dataloader: Iterable[Batch], tokens: int) -> dic
             current.clear()
             current.update(batch)
             side({key: value for key, value in batch.items() if key != "labels" or _needs_labels(side, batch)})
+            sentences += islice(single_sentences(batch), MOST_SENTENCES - len(sentences))
             if min(sum(map(len, found)) for found in kept.values()) >= tokens:
                 break
     if not all(kept.values()):
         raise ValueError("The dataloader yields no batch: give one that can be iterated anew, with at least one batch.")
-    return {name: torch.cat(found)[:tokens] for name, found in kept.items()}
+    return {name: torch.cat(found)[:tokens] for name, found in kept.items()}, sentences
 
 
 def _needs_labels(side: Side, batch: Batch) -> bool:
@@ -82,20 +122,21 @@ def _keeper(kept: list[Tensor], batch: Batch, decoder: bool) -> Callable[[nn.Mod
     return hook
 
 
-def _fit(ffn: FFN, x: Tensor, y: Tensor, learning_rate: float, steps: int, seed: int) -> tuple[float, float]:
-    """Fits an FFN's narrow projections to outputs; returns the held-out error before and after."""
-    modules = [narrow for layer in ffn.projections if (narrow := _narrow(layer)) is not None]
-    parameters = [parameter for module in modules for parameter in module.parameters()]
+def _fit(student: _Student, x: Tensor, y: Tensor, learning_rate: float, steps: int, seed: int) -> tuple[float, float]:
+    """Fits a narrow FFN to outputs y of inputs x; returns the held-out error before and after."""
+    parameters = student.parameters
     dtypes = {parameter: parameter.dtype for parameter in parameters}
     for parameter in parameters:
         parameter.data = parameter.data.float()  # half-precision weights would not move by small steps
         parameter.requires_grad_(True)
     held_out = torch.arange(len(x), device=x.device) % HELD_OUT == HELD_OUT - 1
-    train, test = (x[~held_out].float(), y[~held_out].float()), (x[held_out].float(), y[held_out].float())
-    before = _error(ffn, modules, *test)
+    x, y = x.float(), student.seen(y.float())
+    test = (x[held_out], y[held_out])
+    before = student.error(*test)
     best, kept = before, [parameter.detach().clone() for parameter in parameters]
     with torch.enable_grad():
-        for error in _adam(ffn, modules, parameters, train, test, learning_rate, steps, seed):
+        for _ in _adam(student, x[~held_out], y[~held_out], learning_rate, steps, seed):
+            error = student.error(*test)
             if error < best:
                 best, kept = error, [parameter.detach().clone() for parameter in parameters]
     for parameter, value in zip(parameters, kept, strict=True):
@@ -104,47 +145,22 @@ def _fit(ffn: FFN, x: Tensor, y: Tensor, learning_rate: float, steps: int, seed:
     return before, best
 
 
-def _adam(
-    ffn: FFN,
-    modules: list[nn.Module],
-    parameters: list[nn.Parameter],
-    train: tuple[Tensor, Tensor],
-    test: tuple[Tensor, Tensor],
-    learning_rate: float,
-    steps: int,
-    seed: int,
-) -> Iterable[float]:
-    """Takes Adam's steps along a cosine and yields the held-out error now and then."""
-    groups = [{"params": [p], "lr": learning_rate * float(p.detach().square().mean().sqrt())} for p in parameters]
-    adam = torch.optim.Adam([group for group in groups if group["lr"]])
+def _adam(student: _Student, x: Tensor, y: Tensor, learning_rate: float, steps: int, seed: int) -> Iterator[None]:
+    """Takes Adam's steps along a cosine, and stops now and then for a look at the held-out error."""
+    sizes = [(p, learning_rate * float(p.detach().square().mean().sqrt())) for p in student.parameters]
+    adam = torch.optim.Adam([{"params": [parameter], "lr": rate} for parameter, rate in sizes if rate])
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(adam, steps)
     generator = torch.Generator().manual_seed(seed)
-    x, y = train
     unit = y.square().mean()
     for step in range(1, steps + 1):
         rows = torch.randint(0, len(x), (min(BATCH_TOKENS, len(x)),), generator=generator).to(x.device)
-        loss = (_outputs(ffn, modules, x[rows]) - y[rows]).square().mean() / unit
+        loss = (student(x[rows]) - y[rows]).square().mean() / unit
         adam.zero_grad()
         loss.backward()
         adam.step()
         schedule.step()
         if step % max(1, steps // CHECKS) == 0 or step == steps:
-            yield _error(ffn, modules, *test)
-
-
-@torch.no_grad()
-def _error(ffn: FFN, modules: list[nn.Module], x: Tensor, y: Tensor) -> float:
-    """The relative squared error of what narrow projections put out."""
-    return float((_outputs(ffn, modules, x) - y).square().sum() / y.square().sum().clamp(min=1e-30))
-
-
-def _outputs(ffn: FFN, modules: list[nn.Module], x: Tensor) -> Tensor:
-    """What narrow projections put out, in float32; the products in bfloat16 where it is fast.
-
-    Its rounding, 0.4 % of a value, is far below what a narrow FFN misses, and the weights stay in float32.
-    """
-    with torch.autocast(x.device.type, torch.bfloat16, enabled=_fast_bfloat16(x.device)):
-        return run_ffn(ffn, modules, x).float()
+            yield
 
 
 def _fast_bfloat16(device: torch.device) -> bool:
