@@ -8,8 +8,9 @@
 SmolLM2-135M: the last 16 of 30 layers are narrowed and nothing is trained. Perplexity on held-out scientific papers;
 output error and Adam-NTK error on other blocks of them. The calibration text is of another domain (`--text other`:
 WordNet's glosses), the papers of the training split (`--text papers`) or what the model samples itself (`--text own`);
-`--tune` goes on with the same text. Every pruning row has the text, refit and scale of the fusion row beside
-it. A finished row is read from `--json` and not run again.
+`--tune` goes on with the same text. Every pruning row has the text, refit and scale of the fusion row beside it; in
+"fisher kernel" its saliency is also measured in the metric that fusion uses. A finished row is read from `--json` and
+not run again.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from typing import Any
 
 import torch
 from peft import PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, default_data_collator
@@ -109,7 +111,7 @@ class SmolLM2:
         self.sequences = 8 if small else 128  # to calibrate on; as many again to tune on
         self.batches: list[dict[str, torch.Tensor]]
         if options.text == "own":
-            self.batches = list(own_inputs(self.model, 2 * self.sequences, LENGTH, seed=0))
+            self.batches = own_text(self.model, 2 * self.sequences, options.json)
         else:
             texts = other_text() if options.text == "other" else papers[0]
             blocks = causal_lm.blocks(tokenizer, texts, LENGTH)[: 2 * self.sequences]
@@ -171,6 +173,18 @@ def share_calibration(task: SmolLM2, config: FusionConfig) -> None:
         task.calibration = model._mlp_fusion_calibration
         print(f"calibrated on {task.calibration.source} in {time.perf_counter() - started:.0f} s", flush=True)
     model._mlp_fusion_calibration = replace(task.calibration, statistics=dict(task.calibration.statistics))
+
+
+def own_text(model: PreTrainedModel, sequences: int, results: Path | None) -> list[dict[str, torch.Tensor]]:
+    """What the model samples itself; kept beside the finished rows, as it takes minutes."""
+    kept = results.with_suffix(f".own{sequences}.safetensors") if results else None
+    if kept and kept.exists():
+        ids = load_file(kept)["input_ids"]
+    else:
+        ids = torch.cat([batch["input_ids"] for batch in own_inputs(model, sequences, LENGTH, seed=0)])
+        if kept:
+            save_file({"input_ids": ids}, kept)
+    return [{"input_ids": part} for part in ids.split(8)]
 
 
 def other_text() -> list[str]:
