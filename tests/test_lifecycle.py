@@ -244,3 +244,23 @@ def test_random_weights_without_clustering(monkeypatch):
     fused = get_peft_model(model, half(bert, init_weights=False))
     assert torch.isfinite(logits(fused, bert)).all()
     assert not torch.allclose(logits(fused, bert), original)
+
+
+@pytest.mark.parametrize(("name", "attention"), [("bert", "attention"), ("llama", "self_attn")])
+def test_the_attention_can_train_beside_the_ffns(name, attention, tmp_path):
+    architecture = BY_NAME[name]
+    fused = get_peft_model(architecture.make(), half(architecture, modules_to_save=[attention]))
+    before = {key: p.detach().clone() for key, p in fused.named_parameters() if f"{attention}.modules_to_save" in key}
+    assert before
+    train(fused, architecture)
+    # a bias on the keys shifts all of a query's scores alike: its gradient is zero but for rounding
+    moved = [not torch.equal(p, before[key]) for key, p in fused.named_parameters() if key in before]
+    assert sum(moved) > 0.8 * len(moved)
+    expected = logits(fused, architecture)
+    fused.save_pretrained(tmp_path / "adapter")
+    reloaded = PeftModel.from_pretrained(architecture.make(), tmp_path / "adapter")
+    assert torch.equal(logits(reloaded, architecture), expected)
+    merged = fused.merge_and_unload()
+    assert relative(logits(merged, architecture), expected) < 1e-5
+    merged.save_pretrained(tmp_path / "merged")
+    assert relative(logits(type(merged).from_pretrained(tmp_path / "merged"), architecture), expected) < 1e-5
