@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -13,7 +14,7 @@ from .kernels import metric_root, ntk_kernel, output_kernel, weight_kernel
 from .kmeans import Clustering, kernel_kmeans
 from .neurons import eliminate, most_salient, most_salient_of_each
 from .pruning import norm_products
-from .refit import Moments, moments_of_kept, moments_of_sample, refit, relative_error
+from .refit import Moments, moments_of_kept, moments_of_sample, refit, relative_error, seen
 from .rows import check_width, select_rows
 from .statistics import FFNStatistics
 from .symmetry import balancing_factors, rescale
@@ -33,15 +34,15 @@ class _Known:
     hidden: Tensor
     root: Tensor | None
 
-    @property
-    def outputs(self) -> Tensor:
-        """What the FFN puts out on the held-out inputs, without its bias."""
-        return self.hidden @ self.weights.out_weight
-
-    @property
+    @cached_property
     def seen_weight(self) -> Tensor:
-        """The out-weights in the coordinates in which their lengths count."""
-        return self.weights.out_weight if self.root is None else self.weights.out_weight @ self.root
+        """The out-weights in the coordinates of the metric, in which their lengths count."""
+        return seen(self.weights.out_weight, self.root)
+
+    @cached_property
+    def seen_outputs(self) -> Tensor:
+        """What the FFN puts out on the held-out inputs, without its bias, in the same coordinates."""
+        return self.hidden @ self.seen_weight
 
     @property
     def saliency(self) -> Tensor:
@@ -161,7 +162,7 @@ def _best_of(candidates: list[Tensor], known: _Known, how: str) -> NarrowFFN:
     for kept in candidates:
         narrow = select_rows(known.weights, kept)
         moments = moments_of_kept(known.second_moment, mean, known.weights.out_weight, kept)
-        found.append(_refitted(narrow, moments, known.hidden[:, kept], known.outputs, known.root, how))
+        found.append(_refitted(narrow, moments, known.hidden[:, kept], known.seen_outputs, known.root, how))
     best, _ = min(found, key=lambda result: result[1])
     return NarrowFFN(best, torch.ones(best.width, device=best.out_weight.device))
 
@@ -182,8 +183,8 @@ def _centroids(known: _Known, clustering: Clustering, degree: int | None, how: s
         return NarrowFFN(centroids, counts)
     hidden = look_inside(centroids, known.activation, known.inputs).hidden * counts
     half = len(hidden) // 2
-    moments = moments_of_sample(hidden[:half], known.outputs[:half])
-    fitted, _ = _refitted(centroids, moments, hidden[half:], known.outputs[half:], known.root, how)
+    moments = moments_of_sample(hidden[:half], known.hidden[:half] @ known.weights.out_weight)
+    fitted, _ = _refitted(centroids, moments, hidden[half:], known.seen_outputs[half:], known.root, how)
     return NarrowFFN(fitted, counts)
 
 
@@ -193,7 +194,7 @@ def _refitted(
     """A narrow FFN with its out-projection fitted, and its relative squared error on held-out tokens."""
     prior, bias = narrow.out_weight, narrow.out_bias
     if how == "none":
-        return narrow, relative_error(hidden @ prior, outputs, root)
+        return narrow, relative_error(hidden @ seen(prior, root), outputs)
     fit = refit(moments, prior, hidden, outputs, with_bias=bias is not None, root=root)
     if bias is not None and fit.bias_change is not None:
         bias = bias + fit.bias_change.to(bias)

@@ -71,18 +71,17 @@ def moments_of_sample(hidden: Tensor, outputs: Tensor) -> Moments:
     return Moments(g.T @ g / count, g.T @ y / count, g.mean(0), y.mean(0))
 
 
-def relative_error(found: Tensor, expected: Tensor, root: Tensor | None = None) -> float:
-    """The squared error of outputs, relative to their size.
+def relative_error(found: Tensor, expected: Tensor) -> float:
+    """The squared error of outputs, relative to their size; both tensors of shape (tokens, out_dim)."""
+    return float((found - expected).square().sum() / expected.square().sum().clamp(min=1e-30))
 
-    Args:
-        found: tensor of shape (tokens, out_dim).
-        expected: the same of the original.
-        root: of the metric in which both are measured, shape (out_dim, out_dim); None: the plain one.
+
+def seen(weight: Tensor, root: Tensor | None) -> Tensor:
+    """Out-weights or a bias (..., out_dim) in the coordinates of a metric's root (out_dim, out_dim); None: as it is.
+
+    Turning the weights is much cheaper than turning what they put out for every token.
     """
-    difference, size = found - expected, expected
-    if root is not None:
-        difference, size = difference @ root.to(found), expected @ root.to(expected)
-    return float(difference.square().sum() / size.square().sum().clamp(min=1e-30))
+    return weight if root is None else weight @ root.to(weight)
 
 
 def refit(
@@ -105,9 +104,9 @@ def refit(
         moments: over the tokens to fit to.
         prior: the out-weights without a refit, shape (width, out_dim).
         hidden: the narrow hidden activations on held-out tokens, shape (tokens, width).
-        outputs: the original's outputs on them, without its bias, shape (tokens, out_dim).
+        outputs: the original's outputs on them, without its bias, in the metric's coordinates, (tokens, out_dim).
         with_bias: whether the FFN has an out-bias to adapt; none is invented.
-        root: of the metric in which errors are measured; see `relative_error`.
+        root: of the metric in which errors are measured; None: the plain one.
 
     Returns:
         The best fit.
@@ -125,8 +124,8 @@ def refit(
             matrix = normal + strength * torch.eye(len(unit), dtype=normal.dtype, device=normal.device)
             weight = torch.cholesky_solve(right, torch.linalg.cholesky(matrix)) / unit.unsqueeze(1)
         shift = moments.mean_out - moments.mean @ weight if with_bias and strength != float("inf") else None
-        found = g @ weight if shift is None else g @ weight + shift
-        error = relative_error(found, y, root)
+        found = g @ seen(weight, root)
+        error = relative_error(found if shift is None else found + seen(shift, root), y)
         if best is None or error < best.error:
             best = Refit(weight, shift, strength, error)
     assert best is not None
