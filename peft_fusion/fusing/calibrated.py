@@ -158,12 +158,14 @@ def _candidates(known: _Known, clustering: Clustering, width: int) -> list[Tenso
 def _best_of(candidates: list[Tensor], known: _Known, how: str) -> NarrowFFN:
     """The narrow FFN of those real neurons that come closest to the original on held-out tokens."""
     mean = known.statistics.sum.to(known.second_moment) / max(known.statistics.tokens, 1)
-    found = []
+    best, lowest = None, float("inf")
     for kept in candidates:
         narrow = select_rows(known.weights, kept)
         moments = moments_of_kept(known.second_moment, mean, known.weights.out_weight, kept)
-        found.append(_refitted(narrow, moments, known.hidden[:, kept], known.seen_outputs, known.root, how))
-    best, _ = min(found, key=lambda result: result[1])
+        narrow, error = _refitted(narrow, moments, known.hidden[:, kept], known.seen_outputs, known.root, how)
+        if best is None or error < lowest:  # the others are not held: memory is at its peak here
+            best, lowest = narrow, error
+    assert best is not None
     return NarrowFFN(best, torch.ones(best.width, device=best.out_weight.device))
 
 
