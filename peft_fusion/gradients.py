@@ -87,10 +87,6 @@ def sentences_for(seen: int) -> int:
     return min(MOST_SENTENCES, max(FEWEST_SENTENCES, seen // 20))
 
 
-def _kernels(ffn: FFN, tokens: TokenGradients) -> tuple[Tensor, ...]:
-    return adam_kernels(read_ffn(ffn), find_activation(ffn), tokens)
-
-
 def _gradients(side: Side, sentences: Sequence[Batch], function: Function) -> Gradients:
     """What goes into every FFN, and what comes back to its output, sentence by sentence until there is enough."""
     found: dict[str, list[tuple[Tensor, Tensor]]] = {ffn.name: [] for ffn in side.ffns}
@@ -138,9 +134,12 @@ def gradients_of_sentence(
 
 def single_sentences(batch: Batch, first: int = 0, step: int = 1) -> Iterator[Batch]:
     """Every `step`-th of a batch's sequences as a batch of its own; copies, so that the others need not be kept."""
-    size = len(next(iter(batch.values())))
+    size = next(len(v) for v in batch.values() if isinstance(v, Tensor) and v.dim())
     for i in range(first, size, step):
-        yield {k: v[i : i + 1].clone() if v.dim() and len(v) == size else v for k, v in batch.items()}
+        yield {
+            k: v[i : i + 1].clone() if isinstance(v, Tensor) and v.dim() and len(v) == size else v
+            for k, v in batch.items()
+        }
 
 
 def _shortened(sentence: Batch) -> Batch:

@@ -52,6 +52,31 @@ def test_a_given_teacher_equals_the_disabled_adapter(objective):
     torch.testing.assert_close(logits(dropped, llama), logits(kept, llama))
 
 
+def test_what_is_no_tensor_in_a_batch_is_passed_on():
+    llama = BY_NAME["llama"]
+    fused = get_peft_model(llama.make(), FusionConfig(ratio=0.5))
+    batch = {"output_attentions": False, **llama.batch(size=8)}
+    assert all(last < first for first, last in tune_layers(fused, [batch] * 4, **settings("ffn")).values())
+
+
+def test_errors_are_measured_in_the_fisher_metric(monkeypatch):
+    """Where predictions depend on the first output alone, that one is learned, better than in the plain norm."""
+    llama, errors = BY_NAME["llama"], []
+    for metric in (torch.diag(torch.eye(32)[0]), torch.eye(32)):
+        monkeypatch.setattr(
+            "peft_fusion.tune.ffn_outputs.fisher_information",
+            lambda side, *_, metric=metric: {ffn.name: metric for ffn in side.ffns},
+        )
+        fused = get_peft_model(llama.make(), FusionConfig(ratio=0.5))
+        tune_layers(fused, batches(llama) * 3, **settings("ffn"))
+        x = torch.randn(500, 32, generator=torch.Generator().manual_seed(0))
+        with torch.no_grad():
+            y = llama.make().model.layers[0].mlp(x)
+            found = fused.get_submodule("base_model.model.model.layers.0.mlp")(x)
+        errors.append(float((found - y)[:, 0].square().mean()))
+    assert errors[0] < errors[1]
+
+
 def test_a_hopeless_learning_rate_changes_nothing():
     llama = BY_NAME["llama"]
     fused = get_peft_model(llama.make(), FusionConfig(ratio=0.5))
