@@ -57,19 +57,31 @@ def output_kernel(out_weight: Tensor, second_moment: Tensor) -> Tensor:
     return gram_matrix([out_weight]).mul_(second_moment.to(out_weight.device))
 
 
-def metric_root(fisher: Tensor) -> Tensor:
-    """The symmetric root R of a metric in which outputs are compared: <y, F y> = |R y|^2.
+def metric(fisher: Tensor) -> Tensor:
+    """The metric M in which outputs are compared, <y, M y>: the Fisher information at a common size, flattened.
 
     Args:
         fisher: E[d d^T], tensor of shape (out_dim, out_dim), of any scale.
 
     Returns:
-        Tensor of the same shape, dtype and device. The metric's mean eigenvalue is 1 (+ `FLATTENING`).
+        Tensor of the same shape and device in float64, of mean eigenvalue 1 + `FLATTENING`.
     """
-    size = fisher.diagonal().mean().clamp(min=1e-30)
-    values, vectors = torch.linalg.eigh(fisher.double() / size)
-    root = vectors * (values.clamp(min=0) + FLATTENING).sqrt() @ vectors.T
-    return root.to(fisher.dtype)
+    scaled = fisher.double() / fisher.diagonal().mean().clamp(min=1e-30)
+    scaled.diagonal().add_(FLATTENING)
+    return scaled
+
+
+def metric_root(fisher: Tensor) -> Tensor:
+    """The symmetric root R of the metric: <y, M y> = |R y|^2.
+
+    Args:
+        fisher: E[d d^T], tensor of shape (out_dim, out_dim), of any scale.
+
+    Returns:
+        Tensor of the same shape, dtype and device.
+    """
+    values, vectors = torch.linalg.eigh(metric(fisher))
+    return (vectors * values.clamp(min=0).sqrt() @ vectors.T).to(fisher.dtype)
 
 
 def ntk_kernel(

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .kernels import metric
 from .neurons import most_salient
 from .statistics import FFNStatistics
 from .weights import FFNWeights
@@ -38,6 +39,8 @@ class StandIn:
 def stand_in(weights: FFNWeights, width: int, statistics: FFNStatistics) -> StandIn:
     """Prunes an FFN by saliency and refits its out-projection, with one solve of a (width, width) system.
 
+    The saliency is taken in the Fisher metric where calibration knows it, as the narrow FFN's own neurons will be.
+
     Args:
         weights: the FFN's weights.
         width: neurons to keep.
@@ -46,7 +49,8 @@ def stand_in(weights: FFNWeights, width: int, statistics: FFNStatistics) -> Stan
     w = weights.out_weight.float()
     moment = statistics.second_moment.to(w.device)
     mean = statistics.sum.to(w.device) / max(statistics.tokens, 1)
-    kept = most_salient(moment.diagonal() * w.square().sum(1), width)
+    seen = w if statistics.fisher is None else w @ metric(statistics.fisher.to(w.device)).to(w)
+    kept = most_salient(moment.diagonal() * (seen * w).sum(1), width)
     covariance = moment[kept]
     if weights.out_bias is not None:  # which takes the means
         covariance = covariance - torch.outer(mean[kept], mean)

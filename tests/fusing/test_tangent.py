@@ -12,6 +12,7 @@ from peft_fusion.fusing import gradient_kernels, tangent
 from peft_fusion.fusing.activations import look_inside
 from peft_fusion.fusing.calibrated import fuse_calibrated
 from peft_fusion.fusing.gradient_kernels import TokenGradients, adam_kernels
+from peft_fusion.fusing.kernels import FLATTENING
 from peft_fusion.fusing.rows import select_rows
 from peft_fusion.fusing.stand_in import STRENGTH, stand_in
 from peft_fusion.fusing.tangent import MOST, Tangents, match_tangent_kernel
@@ -134,3 +135,16 @@ def test_a_stand_in_is_the_ridge_regression_on_the_most_salient_neurons(bias):
     shrinkage = narrow.out_weight - weights.out_weight[narrow.kept]
     slope = g.T @ residual / len(x) + STRENGTH * g.square().mean(0).unsqueeze(1) * shrinkage
     torch.testing.assert_close(slope, torch.zeros_like(slope), rtol=0, atol=1e-4)
+
+
+def test_a_stand_in_keeps_the_neurons_that_predictions_depend_on():
+    weights, statistics = make(False), gather(make(False), gelu)
+    plain = stand_in(weights, 6, statistics)
+    direction = draw(DIM, seed=41)
+    statistics.fisher = torch.outer(direction, direction).float()
+    hidden = look_inside(weights, gelu, draw(400, DIM, seed=40)).hidden
+    seen = DIM / direction.square().sum() * (weights.out_weight @ direction).square()
+    saliency = hidden.square().mean(0) * (seen + FLATTENING * weights.out_weight.square().sum(1))
+    kept = stand_in(weights, 6, statistics).kept
+    assert kept.tolist() == sorted(saliency.topk(6).indices.tolist())
+    assert kept.tolist() != plain.kept.tolist()
