@@ -158,14 +158,13 @@ def _candidates(known: _Known, clustering: Clustering, width: int) -> list[Tenso
 def _best_of(candidates: list[Tensor], known: _Known, how: str) -> NarrowFFN:
     """The narrow FFN of those real neurons that come closest to the original on held-out tokens."""
     mean = known.statistics.sum.to(known.second_moment) / max(known.statistics.tokens, 1)
-    best, lowest = None, float("inf")
-    for kept in candidates:
+
+    def fitted(kept: Tensor) -> tuple[FFNWeights, float]:
         narrow = select_rows(known.weights, kept)
         moments = moments_of_kept(known.second_moment, mean, known.weights.out_weight, kept)
-        narrow, error = _refitted(narrow, moments, known.hidden[:, kept], known.seen_outputs, known.root, how)
-        if best is None or error < lowest:  # the others are not held: memory is at its peak here
-            best, lowest = narrow, error
-    assert best is not None
+        return _refitted(narrow, moments, known.hidden[:, kept], known.seen_outputs, known.root, how)
+
+    best, _ = min(map(fitted, candidates), key=lambda found: found[1])  # one by one: memory is at its peak here
     return NarrowFFN(best, torch.ones(best.width, device=best.out_weight.device))
 
 
