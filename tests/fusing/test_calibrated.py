@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import gelu, relu, silu
 
+from peft_fusion.fusing import calibrated
 from peft_fusion.fusing.activations import look_inside
 from peft_fusion.fusing.calibrated import fuse_calibrated
 from peft_fusion.fusing.kernels import FLATTENING, metric_root, ntk_kernel, output_kernel, weight_kernel
@@ -225,3 +226,16 @@ def test_the_refit_lowers_the_error_on_other_tokens(gated, activation, bias):
 def test_statistics_of_another_ffn_are_refused():
     with pytest.raises(ValueError, match="Calibrate again"):
         fuse_calibrated(make(gated=True), 8, gather(make(gated=True, width=8), silu), silu)
+
+
+@pytest.mark.parametrize("refit", ["ridge", "none"])
+def test_the_candidate_of_the_lowest_held_out_error_wins(monkeypatch, refit):
+    weights = make(False)
+    statistics = gather(weights, gelu)
+    hidden = look_inside(weights, gelu, statistics.held_out.double()).hidden
+    order = (hidden.square().mean(0) * weights.out_weight.square().sum(1)).argsort()
+    worst, best = order[:5].sort().values, order[-5:].sort().values
+    for candidates in ([worst, best], [best, worst]):
+        monkeypatch.setattr(calibrated, "_candidates", lambda *_, found=candidates: found)
+        narrow = fuse_calibrated(weights, 5, statistics, gelu, refit=refit, scale="none")
+        assert torch.equal(narrow.weights.in_weights[0], weights.in_weights[0][best])
