@@ -37,6 +37,12 @@ class TextClassification:
         """The same task with at most that many examples, drawn at random; None keeps all."""
         return replace(self, train=draw(self.train, train, seed), test=draw(self.test, test, seed))
 
+    def validation(self, share: float = 0.1, seed: int = 0) -> TextClassification:
+        """The task to choose settings by: some training examples are tested on instead, and not trained on."""
+        mixed = draw(self.train, None, seed)
+        cut = int(len(mixed) * share)
+        return replace(self, train=mixed[cut:], test=mixed[:cut])
+
     def majority(self) -> float:
         """Test accuracy of always answering the most frequent training label."""
         most_common = Counter(label for *_, label in self.train).most_common(1)[0][0]

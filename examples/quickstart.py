@@ -48,6 +48,8 @@ def parse_arguments() -> argparse.Namespace:
     )
     names = list(METHODS)
     parser.add_argument("--methods", nargs="+", choices=names, default=names, help="rows of the table (default: all)")
+    parser.add_argument("--learning-rate", type=float, help="of every row (default: what suits each method)")
+    parser.add_argument("--validation", action="store_true", help="test on held-out training examples, to choose by")
     options = parser.parse_args()
     options.max_test = TEST_EXAMPLES
     if options.smoke:
@@ -66,6 +68,8 @@ def train(method: str, options: argparse.Namespace, folder: Path) -> dict[str, A
         steps=options.steps,
         max_test=options.max_test,
         folder=str(folder),
+        learning_rate=options.learning_rate,
+        validation=options.validation,
     )
 
 

@@ -21,7 +21,15 @@ REFERENCE_TEXTS = 32
 
 
 def train_row(
-    method: str, model: str | None, dataset: str, ratio: float, steps: int, max_test: int, folder: str
+    method: str,
+    model: str | None,
+    dataset: str,
+    ratio: float,
+    steps: int,
+    max_test: int,
+    folder: str,
+    learning_rate: float | None = None,
+    validation: bool = False,
 ) -> dict[str, Any]:
     """Trains, measures and saves.
 
@@ -32,13 +40,16 @@ def train_row(
         ratio: fraction of each FFN's neurons that fusion keeps.
         steps: training steps.
         max_test: most test examples, drawn at random.
+        learning_rate: None: the method's own.
+        validation: measure on examples held out of the training split, and not on the test split.
         folder: gets `saved` (model or adapter), `merged` (plain model) and `reference.json` (texts, logits).
 
     Returns:
         The row of the table, by column.
     """
     be_quiet()
-    task = load_text_classification(dataset).sample(train=steps * BATCH_SIZE, test=max_test)
+    task = load_text_classification(dataset)
+    task = (task.validation() if validation else task).sample(train=steps * BATCH_SIZE, test=max_test)
     path = classifier_path(model)
     tokenizer = load_tokenizer(path)
     train, collator = tokenize(tokenizer, task.train), DataCollatorWithPadding(tokenizer)
@@ -51,7 +62,7 @@ def train_row(
         title=method,
         steps=steps,
         batch_size=BATCH_SIZE,
-        learning_rate=METHODS[method].learning_rate,
+        learning_rate=learning_rate or METHODS[method].learning_rate,
     )
     memory = peak_memory()
     score = accuracy(trainer, tokenize(tokenizer, task.test))

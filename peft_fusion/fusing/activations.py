@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -11,6 +11,9 @@ from torch import Tensor
 from .weights import FFNWeights
 
 Activation = Callable[[Tensor], Tensor]
+
+CHUNK = 512
+"""Tokens that are looked at together where there may be many: what is inside takes many times their memory."""
 
 
 @dataclass(frozen=True)
@@ -50,3 +53,8 @@ def look_inside(weights: FFNWeights, activation: Activation, inputs: Tensor) -> 
     if not weights.gated:
         return Inside(activated, (slope,))
     return Inside(activated * z[1], (slope * z[1], activated))
+
+
+def look_by_parts(weights: FFNWeights, activation: Activation, inputs: Tensor) -> Iterator[Inside]:
+    """`look_inside` for some tokens at a time."""
+    return (look_inside(weights, activation, part) for part in inputs.split(CHUNK))

@@ -8,13 +8,13 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from .activations import Activation, look_inside
+from .activations import Activation, look_by_parts, look_inside
 from .fusion import average, cast, typical_factor
 from .kernels import metric_root, ntk_kernel, output_kernel, weight_kernel
 from .kmeans import Clustering, kernel_kmeans
 from .neurons import eliminate, most_salient, most_salient_of_each
 from .pruning import norm_products
-from .refit import Moments, moments_of_kept, moments_of_sample, refit, relative_error, seen
+from .refit import Moments, SampleMoments, moments_of_kept, moments_of_sample, refit, seen
 from .rows import check_width, select_rows
 from .statistics import FFNStatistics
 from .symmetry import balancing_factors, rescale
@@ -134,7 +134,7 @@ def _known(weights: FFNWeights, statistics: FFNStatistics, activation: Activatio
         root = metric_root(statistics.fisher.to(weights.out_weight))
     moment = statistics.second_moment.to(weights.out_weight.device)
     inputs = statistics.held_out.to(weights.out_weight)
-    hidden = look_inside(weights, activation, inputs).hidden
+    hidden = torch.cat([inside.hidden for inside in look_by_parts(weights, activation, inputs)])
     return _Known(weights, statistics, activation, moment, inputs, hidden, root)
 
 
@@ -162,7 +162,8 @@ def _best_of(candidates: list[Tensor], known: _Known, how: str) -> NarrowFFN:
     def fitted(kept: Tensor) -> tuple[FFNWeights, float]:
         narrow = select_rows(known.weights, kept)
         moments = moments_of_kept(known.second_moment, mean, known.weights.out_weight, kept)
-        return _refitted(narrow, moments, known.hidden[:, kept], known.seen_outputs, known.root, how)
+        held_out = moments_of_sample(known.hidden[:, kept], known.seen_outputs)
+        return _refitted(narrow, moments, held_out, known.root, how)
 
     best, _ = min(map(fitted, candidates), key=lambda found: found[1])  # one by one: memory is at its peak here
     return NarrowFFN(best, torch.ones(best.width, device=best.out_weight.device))
@@ -185,18 +186,19 @@ def _centroids(known: _Known, clustering: Clustering, degree: int | None, how: s
     hidden = look_inside(centroids, known.activation, known.inputs).hidden * counts
     half = len(hidden) // 2
     moments = moments_of_sample(hidden[:half], known.hidden[:half] @ known.weights.out_weight)
-    fitted, _ = _refitted(centroids, moments, hidden[half:], known.seen_outputs[half:], known.root, how)
+    held_out = moments_of_sample(hidden[half:], known.seen_outputs[half:])
+    fitted, _ = _refitted(centroids, moments, held_out, known.root, how)
     return NarrowFFN(fitted, counts)
 
 
 def _refitted(
-    narrow: FFNWeights, moments: Moments, hidden: Tensor, outputs: Tensor, root: Tensor | None, how: str
+    narrow: FFNWeights, moments: Moments, held_out: SampleMoments, root: Tensor | None, how: str
 ) -> tuple[FFNWeights, float]:
     """A narrow FFN with its out-projection fitted, and its relative squared error on held-out tokens."""
     prior, bias = narrow.out_weight, narrow.out_bias
     if how == "none":
-        return narrow, relative_error(hidden @ seen(prior, root), outputs)
-    fit = refit(moments, prior, hidden, outputs, with_bias=bias is not None, root=root)
+        return narrow, held_out.error(seen(prior, root))
+    fit = refit(moments, prior, held_out, with_bias=bias is not None, root=root)
     if bias is not None and fit.bias_change is not None:
         bias = bias + fit.bias_change.to(bias)
     return FFNWeights(narrow.in_weights, narrow.in_biases, fit.out_weight.to(prior), bias), fit.error

@@ -18,7 +18,7 @@ from torch import Tensor
 from .activations import Activation, look_inside
 from .weights import FFNWeights
 
-BLOCK_MEMORY = 2**26
+BLOCK_MEMORY = 2**24
 """Bytes of gradients that are formed at a time."""
 
 

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .activations import Activation, look_inside
+from .activations import Activation, look_by_parts
 from .gradient_kernels import TokenGradients, adam_kernels
 from .weights import FFNWeights, NarrowFFN
 
@@ -100,12 +100,10 @@ def _near(fit: float, scale: float) -> float:
 
 def _sizes(weights: FFNWeights, activation: Activation, inputs: Tensor) -> list[float]:
     """The L1 norms of the gradients, up to factors that all FFNs of these inputs share: in-projections, then out."""
-    inside = look_inside(weights, activation, inputs)
     norms = weights.out_weight.float().norm(dim=1)
-    sizes = [float((_rms(slope) * norms).sum()) for slope in inside.slopes]
-    return [*sizes, float(_rms(inside.hidden).sum())]
-
-
-def _rms(values: Tensor) -> Tensor:
-    """The root mean square of every column."""
-    return values.square().mean(0).sqrt()
+    powers = [torch.zeros_like(norms) for _ in range(len(weights.in_weights) + 1)]
+    for inside in look_by_parts(weights, activation, inputs):
+        for power, values in zip(powers, (*inside.slopes, inside.hidden), strict=True):
+            power += values.square().sum(0)
+    *slopes, hidden = [(power / max(len(inputs), 1)).sqrt() for power in powers]
+    return [*(float((slope * norms).sum()) for slope in slopes), float(hidden.sum())]

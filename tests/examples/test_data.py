@@ -29,6 +29,13 @@ def papers(example) -> ModuleType:
     return example("papers")
 
 
+def test_validation_takes_examples_from_training_and_none_from_the_test(example):
+    train, test = ([(f"{split} {i}", None, i % 2) for i in range(40)] for split in ("train", "test"))
+    task = example("data").TextClassification("t", ["a", "b"], train, test)
+    chosen_by = task.validation()
+    assert len(chosen_by.test) == 4 and sorted(chosen_by.train + chosen_by.test) == sorted(train)
+
+
 # --- papers
 
 
