@@ -10,50 +10,25 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from peft import PeftModel
 from torch import Tensor, nn
 
+from .calibration import keep_calibration
 from .config import FusionConfig
-from .ffn import features, read_ffn
+from .ffn import features
 from .fidelity.pair import Side
 from .fisher import fisher_information
 from .fusing.statistics import FFNStatistics
-from .gradients import MOST_SENTENCES, add_tangents, sentences_for
 from .own_inputs import own_inputs
 from .plan import PlannedFFN, plan_ffns
 from .progress import progress
 from .recorder import Recorder, UnusableActivations
+from .tangents import MOST_SENTENCES, add_tangents, sentences_for
 
 Batch = Mapping[str, Tensor]
-_ATTRIBUTE = "_mlp_fusion_calibration"
-
-
-@dataclass(frozen=True)
-class Calibration:
-    """What a calibration found out about a model.
-
-    Args:
-        statistics: FFN name -> its statistics.
-        checksums: FFN name -> a number that changes with its weights.
-        source: where the inputs came from, in words.
-    """
-
-    statistics: dict[str, FFNStatistics]
-    checksums: dict[str, float]
-    source: str
-
-    @property
-    def has_gradients(self) -> bool:
-        """Whether the model had gradients to take."""
-        return all(statistics.fisher is not None for statistics in self.statistics.values())
-
-    def take(self, name: str) -> FFNStatistics:
-        """The statistics of an FFN, which are given away: they are freed once the FFN is fused."""
-        return self.statistics.pop(name)
 
 
 def calibrate(
@@ -109,49 +84,12 @@ def calibrate(
         add_tangents(model, planned, sentences[: sentences_for(seen)], statistics, config.seed + 1)
     tokens = max(s.tokens + s.held_out_tokens for s in statistics.values())
     source = "the model's own inputs" if dataloader is None else "data"
-    found = Calibration(statistics, _checksums(planned), f"{seen} sequences, {tokens} tokens of {source}")
-    setattr(model, _ATTRIBUTE, found)
-
-
-def calibration_for(model: nn.Module, planned: Sequence[PlannedFFN]) -> Calibration | None:
-    """The calibration that a model holds, if it is for these FFNs as they are; None if there is none.
-
-    Raises:
-        ValueError: if it is for other FFNs, or weights have changed since.
-    """
-    found: Calibration | None = getattr(model, _ATTRIBUTE, None)
-    if found is None:
-        return None
-    if found.statistics.keys() != found.checksums.keys():
-        raise ValueError("A fusion that did not finish has used the calibration up. Call `calibrate` again.")
-    missing = [p.ffn.name for p in planned if p.ffn.name not in found.statistics]
-    if missing:
-        raise ValueError(
-            f"The model was calibrated for the FFNs {sorted(found.statistics)[:4]}, but {missing[:4]} are to be fused "
-            "as well. Call `calibrate` with the configuration that you fuse with."
-        )
-    for name, checksum in _checksums(planned).items():
-        if checksum != found.checksums[name]:
-            raise ValueError(
-                f"The weights of the FFN {name!r} have changed since the model was calibrated. Call `calibrate` again."
-            )
-    return found
-
-
-def drop_calibration(model: nn.Module) -> None:
-    """Frees the statistics that a model holds, if any."""
-    if hasattr(model, _ATTRIBUTE):
-        delattr(model, _ATTRIBUTE)
+    keep_calibration(model, planned, statistics, f"{seen} sequences, {tokens} tokens of {source}")
 
 
 def _own(model: nn.Module, sequences: int, length: int, config: FusionConfig) -> list[Batch]:
     inputs = own_inputs(model, sequences, length, config.seed)
     return list(progress(inputs, "Making calibration inputs"))
-
-
-def _checksums(planned: Sequence[PlannedFFN]) -> dict[str, float]:
-    blocks = {p.ffn.name: read_ffn(p.ffn).blocks() for p in planned}
-    return {name: sum(float(b.sum(dtype=torch.float64)) for b in found) for name, found in blocks.items()}
 
 
 def _record(

@@ -8,7 +8,7 @@ from peft import PeftConfig
 from peft.tuners.tuners_utils import BaseTuner, _ExcludedModule
 from torch import Tensor, nn
 
-from .calibrate import calibration_for, drop_calibration
+from .calibration import calibration_for, drop_calibration
 from .checkpoint import check_checkpoint
 from .config import FusionConfig
 from .guarded import GuardedTuner

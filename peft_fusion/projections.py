@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from .calibrate import Calibration
+from .calibration import Calibration
 from .config import FusionConfig
 from .ffn import blank_like, check_finite, find_activation, projection_tensors, read_ffn
 from .fusing.calibrated import fuse_calibrated

@@ -12,15 +12,17 @@ from test_lifecycle import half, logits
 from torch import nn
 
 from peft_fusion import FusionConfig, fidelity, projections
-from peft_fusion.calibrate import calibrate, calibration_for
+from peft_fusion.calibrate import calibrate
+from peft_fusion.calibration import calibration_for
 from peft_fusion.ffn import find_activation, find_ffns, read_ffn
 from peft_fusion.fidelity.function import random_projection
 from peft_fusion.fidelity.ntk import tangent_kernels
 from peft_fusion.fidelity.pair import Side
 from peft_fusion.fusing.gradient_kernels import TokenGradients, adam_kernels
 from peft_fusion.fusing.statistics import SAMPLE_TOKENS, FFNStatistics
-from peft_fusion.gradients import FEWEST_SENTENCES, MAGNIFIED, MOST_SENTENCES, _shortened, sentences_for
+from peft_fusion.gradients import MAGNIFIED, _shortened
 from peft_fusion.plan import plan_ffns
+from peft_fusion.tangents import FEWEST_SENTENCES, MOST_SENTENCES, sentences_for
 
 
 def batches(architecture, count: int = 3, size: int = 4) -> list[dict[str, torch.Tensor]]:
@@ -283,7 +285,7 @@ def test_the_sentences_with_gradients_are_bounded(monkeypatch):
     calibrate(model, config, batches(bert, count=40, size=3))
     counts = next(iter(found(model, config).values())).tangents.tokens.counts
     assert len(counts) == FEWEST_SENTENCES == sentences_for(120) and sentences_for(10**6) == MOST_SENTENCES
-    monkeypatch.setattr("peft_fusion.gradients.MOST_TOKENS", 7)
+    monkeypatch.setattr("peft_fusion.tangents.MOST_TOKENS", 7)
     calibrate(model, config, batches(bert, count=40, size=3))
     assert len(next(iter(found(model, config).values())).tangents.tokens.counts) == 2
     calibrate(model, config, batches(bert, count=1))

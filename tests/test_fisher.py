@@ -9,7 +9,7 @@ from peft import get_peft_model
 from torch import Tensor, nn
 
 from peft_fusion import FusionConfig, calibrate
-from peft_fusion.calibrate import calibration_for
+from peft_fusion.calibration import calibration_for
 from peft_fusion.ffn import find_ffns
 from peft_fusion.fidelity.pair import Side
 from peft_fusion.fisher import _categorical, _gaussian, drawn_likelihood

@@ -15,9 +15,10 @@ from ..fidelity.outputs import padding_mask
 from ..fidelity.pair import Batch, Side, active_narrow
 from ..fisher import fisher_information
 from ..fusing.kernels import metric_root
-from ..gradients import MOST_SENTENCES, single_sentences
+from ..gradients import single_sentences
 from ..layer import FusionLayer
 from ..progress import progress
+from ..tangents import MOST_SENTENCES
 
 BATCH_TOKENS = 1024
 CHECKS = 10  # how often the held-out error is looked at
