@@ -1,14 +1,16 @@
-"""Checks an adapter's file against a model before anything in the model changes."""
+"""An adapter's tensors: which they are, and whether a file's fit a model, before anything in the model changes."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from safetensors import SafetensorError, safe_open
-from torch import nn
+from torch import Tensor, nn
 from transformers.utils import cached_file
 
 from .config import FusionConfig
+from .layer import FusionLayer
+from .narrow import NarrowProjection
 from .plan import PlannedFFN
 from .recipe import Recipe
 
@@ -71,3 +73,24 @@ def _expected(
         if any(f".{part}." in f".{name}" for part in config.modules_to_save or ()):
             expected[f"base_model.model.{name.replace('.original_module', '')}"] = tuple(parameter.shape)
     return {name: shape for name, shape in expected.items() if ".modules_to_save." not in name}
+
+
+def narrow_state_dict(model: nn.Module, adapter_name: str, state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors of an adapter's narrow projections, under the names they have in the model's state dict.
+
+    Args:
+        model: the model, wrapped by PEFT or not.
+        adapter_name: the adapter.
+        state_dict: the model's, gathered where it is sharded; what it lacks is taken from the model.
+    """
+    found: dict[str, Tensor] = {}
+    for name, layer in model.named_modules():
+        if not isinstance(layer, FusionLayer) or adapter_name not in layer.mlp_fusion_narrow:
+            continue
+        prefix = f"{name}.mlp_fusion_narrow.{adapter_name}.".replace("_fsdp_wrapped_module.", "")
+        found.update((key, tensor) for key, tensor in state_dict.items() if key.startswith(prefix))
+        narrow = layer.mlp_fusion_narrow[adapter_name]
+        if isinstance(narrow, NarrowProjection):
+            for kind, tensor in [*narrow.named_parameters(), *narrow.named_buffers()]:
+                found.setdefault(prefix + kind, tensor.detach())
+    return found

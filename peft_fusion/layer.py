@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -191,37 +191,3 @@ def check_one_active(names: Sequence[str]) -> None:
             f"The fusion adapters {list(names)} cannot be active or merged together: an FFN is replaced by one narrow "
             "FFN, and two of them do not add up to a third. Choose one with `set_adapter`."
         )
-
-
-def check_adapter_name(name: str) -> None:
-    """Refuses a name that torch cannot give to a submodule.
-
-    Raises:
-        ValueError: if it is empty, has a dot in it, or is an attribute of `nn.ModuleDict`.
-    """
-    if not name or "." in name or hasattr(nn.ModuleDict(), name):
-        raise ValueError(
-            f"An adapter cannot be named {name!r}: the name must not be empty, have a dot in it, or be an attribute "
-            'of `torch.nn.ModuleDict` ("keys", "forward", ...). Choose another `adapter_name`.'
-        )
-
-
-def narrow_state_dict(model: nn.Module, adapter_name: str, state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors of an adapter's narrow projections, under the names they have in the model's state dict.
-
-    Args:
-        model: the model, wrapped by PEFT or not.
-        adapter_name: the adapter.
-        state_dict: the model's, gathered where it is sharded; what it lacks is taken from the model.
-    """
-    found: dict[str, Tensor] = {}
-    for name, layer in model.named_modules():
-        if not isinstance(layer, FusionLayer) or adapter_name not in layer.mlp_fusion_narrow:
-            continue
-        prefix = f"{name}.mlp_fusion_narrow.{adapter_name}.".replace("_fsdp_wrapped_module.", "")
-        found.update((key, tensor) for key, tensor in state_dict.items() if key.startswith(prefix))
-        narrow = layer.mlp_fusion_narrow[adapter_name]
-        if isinstance(narrow, NarrowProjection):
-            for kind, tensor in [*narrow.named_parameters(), *narrow.named_buffers()]:
-                found.setdefault(prefix + kind, tensor.detach())
-    return found

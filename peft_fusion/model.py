@@ -9,10 +9,10 @@ from peft.tuners.tuners_utils import BaseTuner, _ExcludedModule
 from torch import Tensor, nn
 
 from .calibration import calibration_for, drop_calibration
-from .checkpoint import check_checkpoint
+from .checkpoint import check_checkpoint, narrow_state_dict
 from .config import FusionConfig
-from .guarded import GuardedTuner
-from .layer import FusionLayer, check_adapter_name, narrow_state_dict
+from .guarded import GuardedTuner, check_adapter_name
+from .layer import FusionLayer
 from .narrow import NarrowProjection
 from .plan import PlannedFFN, plan_ffns
 from .projections import empty_projections, fused_projections, random_projections

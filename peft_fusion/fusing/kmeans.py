@@ -7,7 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .local_search import cheapest, first_rows, refine, squared_norms_of_sums, sum_by_label
+from .local_search import refine
+from .reductions import cheapest, first_rows, squared_norms_of_sums, sum_by_label
 from .seeding import kmeans_plus_plus, ward
 
 

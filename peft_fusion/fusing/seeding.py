@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from .local_search import cheapest, merge_costs, mutual_pairs, sum_by_label
+from .reductions import cheapest, merge_costs, mutual_pairs, sum_by_label
 
 DUPLICATE = 64
 """Rows whose squared distance is below so many rounding errors of their squared norms are taken for equal."""

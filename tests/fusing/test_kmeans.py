@@ -12,7 +12,8 @@ from torch import Tensor
 
 from peft_fusion.fusing.gram import gram_matrix
 from peft_fusion.fusing.kmeans import Clustering, cluster_means, kernel_kmeans, lloyd
-from peft_fusion.fusing.local_search import Partition, cheapest, refine
+from peft_fusion.fusing.local_search import Partition, refine
+from peft_fusion.fusing.reductions import cheapest
 from peft_fusion.fusing.seeding import kmeans_plus_plus, ward
 
 few = settings(max_examples=40, deadline=None, derandomize=True)
