@@ -43,7 +43,7 @@ def tune_layers(
         dataloader: batches as the model takes them; labels are not used.
         objective: "ffn" or "hidden_states".
         teacher: the original model; None: the same model with its adapter disabled.
-        learning_rate: of Adam. "ffn": relative to the root mean square of each weight tensor (default 0.04);
+        learning_rate: of Adam. "ffn": relative to the root mean square of each weight tensor (default 0.03);
             "hidden_states": absolute, the one that fine-tuning will use (default 1e-4).
         steps: Adam's steps. "ffn": for each FFN (default 500); "hidden_states": batches (default: the data loader
             once).
@@ -66,5 +66,5 @@ def tune_layers(
             raise ValueError(f"`{name}` must be above 0, but got {value!r}.")
     original, fused = pair(model, teacher)
     if objective == "ffn":
-        return tune_ffn_outputs(original, fused, dataloader, learning_rate or 0.04, steps or 500, tokens, seed)
+        return tune_ffn_outputs(original, fused, dataloader, learning_rate or 0.03, steps or 500, tokens, seed)
     return tune_hidden_states(original, fused, dataloader, learning_rate or 1e-4, steps, accelerator)

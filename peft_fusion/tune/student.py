@@ -22,7 +22,7 @@ NOISE = 0.5
 The original FFN tells the right output there as well, so that tokens which were not collected are learnt from, too.
 """
 
-DAMPING = 1.0
+DAMPING = 0.3
 """Adam's epsilon for a weight tensor, in root mean squares of its first gradient.
 
 Weights of smaller gradients than usual, which are mostly noise, then move in proportion to them and not as far as all
