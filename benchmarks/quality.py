@@ -47,6 +47,7 @@ LAYERS = list(range(14, 30))
 LENGTH = 256  # tokens of a calibration sequence
 TUNING_TOKENS, TUNING_STEPS = 2**16, 600
 TUNED = ("fusion", "pruning by saliency, refit")
+OFF_CHART = 5  # a plot shows perplexities of up to so many times the original's
 
 # row -> (settings of the configuration, or None for no fusion; whether it is calibrated)
 VARIANTS: dict[str, tuple[dict[str, Any] | None, bool]] = {
@@ -196,23 +197,26 @@ def other_text() -> list[str]:
 
 
 def plot(rows: list[Row], path: Path) -> None:
-    """Perplexity against width, a line a variant."""
+    """Perplexity against width, a line a variant; the legend names those that are off the chart."""
+    from matplotlib import colormaps
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    figure = Figure(figsize=(9, 4.5), layout="constrained")
     axes = figure.add_subplot()
-    for name in dict.fromkeys(row["variant"] for row in rows):
-        found = [row for row in rows if row["variant"] == name]
-        if name == "original":
-            axes.axhline(found[0]["perplexity"], color="black", linestyle=":", label=name)
-            continue
+    axes.set_prop_cycle(color=colormaps["tab20"].colors)  # type: ignore[attr-defined]
+    original = next((row["perplexity"] for row in rows if row["variant"] == "original"), None)
+    if original:
+        axes.axhline(original, color="black", linestyle=":", label="original")
+    for name in dict.fromkeys(row["variant"] for row in rows if row["variant"] != "original"):
         for column, style in (("perplexity", "o-"), ("perplexity, tuned", "s--")):
-            points = sorted((row["ratio"], row[column]) for row in found if column in row)
-            if points:
-                label = name if column == "perplexity" else f"{name}, tuned"
+            points = sorted((row["ratio"], row[column]) for row in rows if row["variant"] == name and column in row)
+            label = name if column == "perplexity" else f"{name}, tuned"
+            if points and original and points[-1][1] > OFF_CHART * original:
+                axes.plot([], [], " ", label=f"{label}: above {min(p for _, p in points):,.0f}")
+            elif points:
                 axes.plot(*zip(*points, strict=True), style, label=label)
-    axes.set(xlabel="neurons kept", ylabel="perplexity", yscale="log")
-    axes.legend(fontsize=7)
+    axes.set(xlabel="fraction of the neurons kept", ylabel="perplexity")
+    figure.legend(fontsize=7, loc="outside right")
     figure.savefig(path, dpi=120)
 
 
