@@ -62,6 +62,13 @@ def fraction(text: str) -> float:
     return value
 
 
+def rate(text: str) -> float:
+    value = float(text)
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text} is not a number above 0")
+    return value
+
+
 def positive(text: str) -> int:
     value = int(text)
     if value < 1:

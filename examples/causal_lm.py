@@ -13,7 +13,7 @@ from itertools import chain
 from typing import Any
 
 import torch
-from arguments import example_parser, layer_indices, output_folder, positive, run, write_json
+from arguments import example_parser, layer_indices, output_folder, positive, rate, run, write_json
 from data import draw, load_texts
 from measure import folder_size, peak_memory, text_table
 from models import load_causal_lm
@@ -91,7 +91,7 @@ def parse_arguments() -> argparse.Namespace:
     )
     add("--layers", default="last-half", help="all, last-half (default), last-two-thirds, or layers such as 3,5,8-11")
     add("--block", type=positive, default=256, help="tokens in a training example (default: %(default)s)")
-    add("--learning-rate", type=float, default=LEARNING_RATE, help="default: %(default)s")
+    add("--learning-rate", type=rate, default=LEARNING_RATE, help="default: %(default)s")
     add(
         "--calibration",
         choices=("data", "own", "none"),

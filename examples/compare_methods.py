@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from arguments import fraction, positive, run
+from arguments import fraction, positive, rate, run
 from compared_methods import METHODS
 from comparison import BATCH, Setting, compare
 from packages import InputError
@@ -69,7 +69,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     add("--steps", type=positive, default=STEPS, help="of fine-tuning, 32 sentences each (default: %(default)s)")
     add("--test", type=positive, help="most test sentences (default: all)")
     add("--layers", default="all", help="all, last-half, last-two-thirds, or layers such as 3,5,8-11")
-    add("--learning-rate", type=float, default=1e-4, help="of every row but LoRA (default: %(default)s)")
+    add("--learning-rate", type=rate, default=1e-4, help="of every row but LoRA (default: %(default)s)")
     add("--bf16", action="store_true", help="fine-tune in bfloat16 (weights stay float32), faster where it is fast")
     add("--preset", choices=("paper",), help="the paper's layers, width, optimizer and epochs")
     add("--smoke", action="store_true", help="a few steps and examples only: does everything work?")

@@ -40,7 +40,7 @@ class TextClassification:
     def validation(self, share: float = 0.1, seed: int = 0) -> TextClassification:
         """The task to choose settings by: some training examples are tested on instead, and not trained on."""
         mixed = draw(self.train, None, seed)
-        cut = int(len(mixed) * share)
+        cut = max(1, int(len(mixed) * share))
         return replace(self, train=mixed[cut:], test=mixed[:cut])
 
     def majority(self) -> float:

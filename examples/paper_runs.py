@@ -9,7 +9,7 @@ from itertools import chain, repeat
 from typing import Any
 
 import torch
-from arguments import layer_indices, positive
+from arguments import layer_indices, positive, rate
 from methods import head, with_lora
 from packages import InputError
 from peft import get_peft_model
@@ -64,7 +64,7 @@ def add_options(parser: argparse.ArgumentParser, *, layers: str, batch_size: int
         help="tune the narrow FFNs first, without labels",
     )
     add("--batch-size", type=positive, default=batch_size, help="default: %(default)s")
-    add("--learning-rate", type=float, help=f"default: {learning_rate}")
+    add("--learning-rate", type=rate, help=f"default: {learning_rate}")
     add("--max-train", type=positive, help="most training examples, drawn at random (default: all that are needed)")
 
 

@@ -15,7 +15,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from arguments import example_parser, output_folder, run, write_json
+from arguments import example_parser, output_folder, rate, run, write_json
 from measure import run_fresh, text_table
 from methods import FUSED, METHODS
 
@@ -48,7 +48,7 @@ def parse_arguments() -> argparse.Namespace:
     )
     names = list(METHODS)
     parser.add_argument("--methods", nargs="+", choices=names, default=names, help="rows of the table (default: all)")
-    parser.add_argument("--learning-rate", type=float, help="of every row (default: what suits each method)")
+    parser.add_argument("--learning-rate", type=rate, help="of every row (default: what suits each method)")
     parser.add_argument("--validation", action="store_true", help="test on held-out training examples, to choose by")
     options = parser.parse_args()
     options.max_test = TEST_EXAMPLES

@@ -62,7 +62,7 @@ def train_row(
         title=method,
         steps=steps,
         batch_size=BATCH_SIZE,
-        learning_rate=learning_rate or METHODS[method].learning_rate,
+        learning_rate=METHODS[method].learning_rate if learning_rate is None else learning_rate,
     )
     memory = peak_memory()
     score = accuracy(trainer, tokenize(tokenizer, task.test))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import subprocess
 import sys
@@ -34,6 +35,12 @@ def test_validation_takes_examples_from_training_and_none_from_the_test(example)
     task = example("data").TextClassification("t", ["a", "b"], train, test)
     chosen_by = task.validation()
     assert len(chosen_by.test) == 4 and sorted(chosen_by.train + chosen_by.test) == sorted(train)
+
+
+@pytest.mark.parametrize("text", ["0", "-1", "nan", "inf"])
+def test_a_rate_that_cannot_train_is_refused(example, text):
+    with pytest.raises(argparse.ArgumentTypeError, match="is not a number above 0"):
+        example("arguments").rate(text)
 
 
 # --- papers
