@@ -20,7 +20,7 @@ from .calibration import keep_calibration
 from .config import FusionConfig
 from .ffn import features
 from .fidelity.pair import Side
-from .fisher import fisher_information
+from .fisher import ENOUGH_SENTENCES, fisher_information
 from .fusing.statistics import FFNStatistics
 from .own_inputs import own_inputs
 from .plan import PlannedFFN, plan_ffns
@@ -78,10 +78,10 @@ def calibrate(
         batches: Iterable[Batch] = dataloader if dataloader is not None else _own(model, sequences, length, config)
         for start in range(0, len(planned), ffns_per_pass or len(planned)):
             group = planned[start : start + (ffns_per_pass or len(planned))]
-            seen, sentences = _record(model, group, batches, sequences, statistics)
+            seen, sentences, held_out = _record(model, group, batches, sequences, statistics)
         for name, fisher in (fisher_information(side, sentences, config.seed + 2) or {}).items():
             statistics[name].fisher = fisher
-        add_tangents(model, planned, sentences[: sentences_for(seen)], statistics, config.seed + 1)
+        add_tangents(model, planned, held_out[: sentences_for(seen)], statistics, config.seed + 1)
     tokens = max(s.tokens + s.held_out_tokens for s in statistics.values())
     source = "the model's own inputs" if dataloader is None else "data"
     keep_calibration(model, planned, statistics, f"{seen} sequences, {tokens} tokens of {source}")
@@ -98,13 +98,13 @@ def _record(
     batches: Iterable[Batch],
     sequences: int,
     statistics: dict[str, FFNStatistics],
-) -> tuple[int, list[Batch]]:
+) -> tuple[int, list[Batch], list[Batch]]:
     """Runs batches through the model and adds the statistics of some of its FFNs.
 
     Returns:
-        The number of sequences seen, and some held-out ones.
+        The number of sequences seen, some of them, and some held-out ones.
     """
-    recorder = Recorder({p.ffn.name: _empty(p) for p in planned}, _decodes(model), MOST_SENTENCES)
+    recorder = Recorder({p.ffn.name: _empty(p) for p in planned}, _decodes(model), ENOUGH_SENTENCES, MOST_SENTENCES)
     seen = 0
     with ExitStack() as hooks:
         for p in planned:
@@ -118,7 +118,7 @@ def _record(
                 break
     recorder.check(seen)
     statistics.update({name: statistic.cpu() for name, statistic in recorder.statistics.items()})
-    return seen, recorder.sentences
+    return seen, recorder.sentences, recorder.held_out
 
 
 def _decodes(model: nn.Module) -> bool:

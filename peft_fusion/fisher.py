@@ -13,6 +13,13 @@ from .fidelity.pair import Side
 from .gradients import Batch, gradients_of_sentence
 from .progress import progress
 
+ENOUGH_SENTENCES = 64
+"""Sentences that give F well enough.
+
+What an FFN learns, or is chosen by, in the metric of a rougher one carries over to other text less well. Of SmolLM2's
+FFNs F is 41 % off after 64 sentences of 64 tokens, against 68 % after 24 and 26 % after 160 (Frobenius norm).
+"""
+
 
 def fisher_information(side: Side, sentences: Sequence[Batch], seed: int) -> dict[str, Tensor] | None:
     """F = E[d d^T] of every FFN, up to a factor.

@@ -66,7 +66,7 @@ def _shortened(sentence: Batch) -> Batch:
         return sentence
     start = int(mask[0].argmax()) if mask is not None and mask.shape == ids.shape else 0
     window = slice(start, start + MOST_LENGTH)
-    return {k: v[:, window] if v.dim() == 2 and v.shape == ids.shape else v for k, v in sentence.items()}
+    return {k: v[:, window] if isinstance(v, Tensor) and v.shape == ids.shape else v for k, v in sentence.items()}
 
 
 def _no_tokens(ffn: FFN) -> tuple[Tensor, Tensor]:

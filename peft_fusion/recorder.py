@@ -28,13 +28,17 @@ class Recorder:
     Args:
         statistics: FFN name -> what to add to.
         decodes: whether the model is an encoder-decoder, whose decoder has a mask of its own.
-        sentences: how many held-out sequences to keep as they are, in `sentences`.
+        sentences: how many sequences to keep as they are, in `sentences`.
+        held_out: the same of held-out ones, in `held_out`.
     """
 
-    def __init__(self, statistics: dict[str, FFNStatistics], decodes: bool, sentences: int = 0) -> None:
+    def __init__(
+        self, statistics: dict[str, FFNStatistics], decodes: bool, sentences: int = 0, held_out: int = 0
+    ) -> None:
         self.statistics, self._decodes = statistics, decodes
         self.sentences: list[Mapping[str, Tensor]] = []
-        self._most_sentences = sentences
+        self.held_out: list[Mapping[str, Tensor]] = []
+        self._most = sentences, held_out
         self._masks: dict[str, Tensor | None] = {}
         self._size, self._first = 0, 0
 
@@ -64,7 +68,8 @@ class Recorder:
         self._masks = {"encoder": batch.get("attention_mask"), "decoder": decoder}
         self._size, self._first = len(next(iter(batch.values()))), seen
         held_out = single_sentences(batch, (HELD_OUT - 1 - seen) % HELD_OUT, HELD_OUT)
-        self.sentences += islice(held_out, self._most_sentences - len(self.sentences))
+        self.sentences += islice(single_sentences(batch), self._most[0] - len(self.sentences))
+        self.held_out += islice(held_out, self._most[1] - len(self.held_out))
         return self._size
 
     def inputs_hook(self, name: str) -> Hook:

@@ -12,7 +12,8 @@ from peft_fusion import FusionConfig, calibrate
 from peft_fusion.calibration import calibration_for
 from peft_fusion.ffn import find_ffns
 from peft_fusion.fidelity.pair import Side
-from peft_fusion.fisher import _categorical, _gaussian, drawn_likelihood
+from peft_fusion.fisher import ENOUGH_SENTENCES, _categorical, _gaussian, drawn_likelihood
+from peft_fusion.gradients import single_sentences
 from peft_fusion.plan import plan_ffns
 
 
@@ -42,16 +43,16 @@ def test_the_fisher_information_of_a_gaussian():
 
 @pytest.mark.parametrize("name", ["llama", "bert", "t5"])
 def test_gradients_are_those_of_a_plain_backward_pass(name):
-    """The outputs of the last FFN, by hooks and `backward`, over the same draws."""
+    """The outputs of the last FFN, by hooks and `backward`, over the same draws; of enough sentences, and no more."""
     architecture = BY_NAME[name]
     model, config = architecture.make(), FusionConfig(ratio=0.5)
-    data = [architecture.batch(seed=seed, size=4) for seed in range(3)]
+    data = [architecture.batch(seed=seed, size=4) for seed in range(1 + ENOUGH_SENTENCES // 4)]
     calibrate(model, config, data)
+    sentences = [sentence for batch in data for sentence in single_sentences(batch)][:ENOUGH_SENTENCES]
     side = Side(model, find_ffns(model), fused=False)
     last, draws = side.ffns[-1], torch.Generator().manual_seed(config.seed + 2)
     total = torch.zeros(32, 32)
-    for batch in data:
-        held_out = {key: value[3:4] for key, value in batch.items()}
+    for sentence in sentences:
         kept: list[Tensor] = []
 
         def keep(module, args, output, kept=kept):
@@ -59,7 +60,7 @@ def test_gradients_are_those_of_a_plain_backward_pass(name):
             kept.append(output)
 
         handle = last.projections[-1].register_forward_hook(keep)
-        drawn_likelihood(side, held_out, draws).backward()
+        drawn_likelihood(side, sentence, draws).backward()
         handle.remove()
         gradient = kept[0].grad.flatten(0, -2)
         total += gradient.T @ gradient

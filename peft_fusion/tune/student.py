@@ -16,8 +16,8 @@ BATCH_TOKENS = 1024
 CHECKS = 10  # how often the held-out error is looked at
 HELD_OUT = 8  # one token in so many is held out
 
-NOISE = 0.5
-"""Half of the inputs are moved by noise of so many standard deviations of each feature.
+NOISE = 0.7
+"""Half of the inputs are moved by noise of the inputs' own covariance, so many standard deviations of it.
 
 The original FFN tells the right output there as well, so that tokens which were not collected are learnt from, too.
 """
@@ -123,12 +123,10 @@ def _adam(student: Student, x: Tensor, learning_rate: float, steps: int, seed: i
 def _lessons(student: Student, x: Tensor, y: Tensor, steps: int, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
     """Batches of inputs (tokens, in_dim) and the outputs to learn; half of them are moved."""
     generator = torch.Generator().manual_seed(seed)
-    spread = NOISE * x.float().std(0, correction=0)
+    size = max(1, min(BATCH_TOKENS, len(x)) // 2)
     for _ in range(steps):
-        rows = torch.randint(0, len(x), (min(BATCH_TOKENS, len(x)),), generator=generator).to(x.device)
-        met, near = rows.chunk(2) if len(rows) > 1 else (rows, rows)
-        noise = torch.randn(len(near), x.shape[1], generator=generator).to(x.device)
-        moved = (x[near] + spread * noise).to(x.dtype)
+        met, near, one, other = torch.randint(0, len(x), (4, size), generator=generator).to(x.device)
+        moved = x[near] + NOISE / 2**0.5 * (x[one] - x[other])  # the difference of two has twice their covariance
         yield torch.cat([x[met], moved]), torch.cat([y[met], student.taught(moved)])
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 import pytest
 import torch
 from architectures import ARCHITECTURES, BY_NAME
@@ -56,6 +58,7 @@ def test_what_is_no_tensor_in_a_batch_is_passed_on():
     llama = BY_NAME["llama"]
     fused = get_peft_model(llama.make(), FusionConfig(ratio=0.5))
     batch = {"output_attentions": False, **llama.batch(size=8)}
+    warnings.simplefilter("error", UserWarning)  # nor does it stand in the way of gradients
     assert all(last < first for first, last in tune_layers(fused, [batch] * 4, **settings("ffn")).values())
 
 
