@@ -8,7 +8,7 @@
 SmolLM2-135M: the last 16 of 30 layers are narrowed and nothing is trained. Perplexity on held-out scientific papers;
 output error and Adam-NTK error on other blocks of them. The calibration text is of another domain (`--text other`:
 WordNet's glosses), the papers of the training split (`--text papers`) or what the model samples itself (`--text own`);
-`--tune` goes on with the same text. Every pruning row has the text, refit and scale of the fusion row beside it; in
+`--tune` takes more of the text. Every pruning row has the text, refit and scale of the fusion row beside it; in
 "fisher kernel" its saliency is also measured in the metric that fusion uses. A finished row is read from `--json` and
 not run again.
 """
@@ -32,7 +32,7 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, default_data_collator
 
 from peft_fusion import FusionConfig, calibrate, fidelity, tune_layers
-from peft_fusion.own_inputs import own_inputs
+from peft_fusion.own_inputs import OWN_LENGTH, own_inputs
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 
@@ -44,7 +44,7 @@ from models import load_causal_lm  # noqa: E402
 from training import be_quiet  # noqa: E402
 
 LAYERS = list(range(14, 30))
-LENGTH = 256  # tokens of a calibration sequence
+LENGTH = 256  # tokens of a sequence to calibrate and tune on
 TUNING_TOKENS, TUNING_STEPS = 2**16, 600
 TUNED = ("fusion", "pruning by saliency, refit")
 OFF_CHART = 5  # a plot shows perplexities of up to so many times the original's
@@ -112,6 +112,7 @@ class SmolLM2:
         self.sequences = 8 if small else 128  # to calibrate on; as many again to tune on
         self.batches: list[dict[str, torch.Tensor]]
         if options.text == "own":
+            self.sequences *= LENGTH // OWN_LENGTH
             self.batches = own_text(self.model, 2 * self.sequences, options.json)
         else:
             texts = other_text() if options.text == "other" else papers[0]
@@ -178,14 +179,14 @@ def share_calibration(task: SmolLM2, config: FusionConfig) -> None:
 
 def own_text(model: PreTrainedModel, sequences: int, results: Path | None) -> list[dict[str, torch.Tensor]]:
     """What the model samples itself; kept beside the finished rows, as it takes minutes."""
-    kept = results.with_suffix(f".own{sequences}.safetensors") if results else None
+    kept = results.with_suffix(f".own{sequences}x{OWN_LENGTH}.safetensors") if results else None
     if kept and kept.exists():
         ids = load_file(kept)["input_ids"]
     else:
-        ids = torch.cat([batch["input_ids"] for batch in own_inputs(model, sequences, LENGTH, seed=0)])
+        ids = torch.cat([batch["input_ids"] for batch in own_inputs(model, sequences, OWN_LENGTH, seed=0)])
         if kept:
             save_file({"input_ids": ids}, kept)
-    return [{"input_ids": part} for part in ids.split(8)]
+    return [{"input_ids": part} for part in ids.split(32)]
 
 
 def other_text() -> list[str]:

@@ -22,11 +22,13 @@ from .ffn import features
 from .fidelity.pair import Side
 from .fisher import ENOUGH_SENTENCES, fisher_information
 from .fusing.statistics import FFNStatistics
-from .own_inputs import own_inputs
+from .own_inputs import OWN_LENGTH, own_inputs
 from .plan import PlannedFFN, plan_ffns
 from .progress import progress
 from .recorder import Recorder, UnusableActivations
 from .tangents import MOST_SENTENCES, add_tangents, sentences_for
+
+SEQUENCES, OWN_SEQUENCES = 128, 512  # the model's own are short
 
 Batch = Mapping[str, Tensor]
 
@@ -36,8 +38,8 @@ def calibrate(
     config: FusionConfig,
     dataloader: Iterable[Batch] | None = None,
     *,
-    sequences: int = 128,
-    length: int = 256,
+    sequences: int | None = None,
+    length: int = OWN_LENGTH,
     ffns_per_pass: int | None = None,
 ) -> None:
     """Collects what data-aware fusion needs; call it before `get_peft_model` with the same configuration.
@@ -58,7 +60,8 @@ def calibrate(
         config: the configuration it will be fused with.
         dataloader: batches as `Trainer` gives them to the model: mappings of tensors. None: the model makes its own
             inputs, a causal LM by sampling text, another by random tokens.
-        sequences: how many sequences to use at most; every fourth is held out to choose by.
+        sequences: how many sequences to use at most; every fourth is held out to choose by. None: 128 of the data
+            loader's, or 512 of the model's own.
         length: tokens in each of the model's own sequences.
         ffns_per_pass: how many FFNs to accumulate at once, for less memory on the model's device; the data loader
             is then iterated over several times. None: all of them.
@@ -68,6 +71,7 @@ def calibrate(
             one, or activations are not finite. The model is as it was then.
     """
     model = model.get_base_model() if isinstance(model, PeftModel) else model
+    sequences = (OWN_SEQUENCES if dataloader is None else SEQUENCES) if sequences is None else sequences
     for name, value in (("sequences", sequences), ("length", length), ("ffns_per_pass", ffns_per_pass or 1)):
         if not isinstance(value, int) or value < 1:
             raise ValueError(f"`{name}` must be an integer of at least 1, but got {value!r}.")
@@ -75,7 +79,7 @@ def calibrate(
     statistics: dict[str, FFNStatistics] = {}
     side = Side(model, [p.ffn for p in planned], fused=False)
     with side.running():
-        batches: Iterable[Batch] = dataloader if dataloader is not None else _own(model, sequences, length, config)
+        batches = own_inputs(model, sequences, length, config.seed) if dataloader is None else dataloader
         for start in range(0, len(planned), ffns_per_pass or len(planned)):
             group = planned[start : start + (ffns_per_pass or len(planned))]
             seen, sentences, held_out = _record(model, group, batches, sequences, statistics)
@@ -85,11 +89,6 @@ def calibrate(
     tokens = max(s.tokens + s.held_out_tokens for s in statistics.values())
     source = "the model's own inputs" if dataloader is None else "data"
     keep_calibration(model, planned, statistics, f"{seen} sequences, {tokens} tokens of {source}")
-
-
-def _own(model: nn.Module, sequences: int, length: int, config: FusionConfig) -> list[Batch]:
-    inputs = own_inputs(model, sequences, length, config.seed)
-    return list(progress(inputs, "Making calibration inputs"))
 
 
 def _record(

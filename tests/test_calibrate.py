@@ -12,7 +12,7 @@ from test_lifecycle import half, logits
 from torch import nn
 
 from peft_fusion import FusionConfig, fidelity, projections
-from peft_fusion.calibrate import calibrate
+from peft_fusion.calibrate import OWN_SEQUENCES, SEQUENCES, calibrate
 from peft_fusion.calibration import calibration_for
 from peft_fusion.ffn import find_activation, find_ffns, read_ffn
 from peft_fusion.fidelity.function import random_projection
@@ -110,6 +110,14 @@ def test_a_model_can_make_its_own_inputs(architecture, unchanged):
     calibrate(again, config, sequences=8, length=8)
     for name, statistic in found(model, config).items():
         assert statistic.tokens > 0 and torch.equal(found(again, config)[name].product, statistic.product)
+
+
+@pytest.mark.parametrize(("data", "sequences"), [(True, SEQUENCES), (False, OWN_SEQUENCES)])
+def test_how_much_it_takes_unless_told(data, sequences):
+    bert, config = BY_NAME["bert"], FusionConfig(ratio=0.5)
+    model = bert.make()
+    calibrate(model, config, batches(bert, count=80) if data else None)
+    assert f"{sequences} sequences" in calibration_for(model, plan_ffns(model, config)).source
 
 
 def test_only_as_many_sequences_as_asked_for():

@@ -18,7 +18,7 @@ __all__ = ["tune_layers"]
 
 def tune_layers(
     model: nn.Module,
-    dataloader: Iterable[Batch],
+    dataloader: Iterable[Batch] | None = None,
     *,
     objective: str = "ffn",
     teacher: nn.Module | None = None,
@@ -40,7 +40,8 @@ def tune_layers(
 
     Args:
         model: a model with an active fusion adapter.
-        dataloader: batches as the model takes them; labels are not used.
+        dataloader: batches as the model takes them; labels are not used. None: "ffn" learns on what the model makes
+            for itself, as `calibrate` does.
         objective: "ffn" or "hidden_states".
         teacher: the original model; None: the same model with its adapter disabled.
         learning_rate: of Adam. "ffn": relative to the root mean square of each weight tensor (default 0.03);
@@ -64,6 +65,8 @@ def tune_layers(
     for name, value in (("learning_rate", learning_rate), ("steps", steps), ("tokens", tokens)):
         if value is not None and not value > 0:
             raise ValueError(f"`{name}` must be above 0, but got {value!r}.")
+    if dataloader is None and objective != "ffn":
+        raise ValueError(f'`objective={objective!r}` needs a `dataloader`; only "ffn" does without.')
     original, fused = pair(model, teacher)
     if objective == "ffn":
         return tune_ffn_outputs(original, fused, dataloader, learning_rate or 0.03, steps or 500, tokens, seed)

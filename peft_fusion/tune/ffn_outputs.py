@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack
 from itertools import islice
@@ -15,6 +16,7 @@ from ..fidelity.pair import Batch, Side
 from ..fisher import fisher_information
 from ..fusing.kernels import metric_root
 from ..gradients import single_sentences
+from ..own_inputs import OWN_LENGTH, own_inputs
 from ..progress import progress
 from .student import Student, fit
 
@@ -24,7 +26,7 @@ SENTENCES = 128  # that the Fisher information is taken of: twice as many as cal
 def tune_ffn_outputs(
     original: Side,
     fused: Side,
-    dataloader: Iterable[Batch],
+    dataloader: Iterable[Batch] | None,
     learning_rate: float,
     steps: int,
     tokens: int,
@@ -32,6 +34,8 @@ def tune_ffn_outputs(
 ) -> dict[str, tuple[float, float]]:
     """Tunes every narrow FFN; see `tune_layers`, objective "ffn"."""
     with original.running():
+        if dataloader is None:
+            dataloader = own_inputs(original.model, math.ceil(tokens / OWN_LENGTH), OWN_LENGTH, seed)
         inputs, sentences = _collect_inputs(original, dataloader, tokens)
         fisher = fisher_information(original, sentences, seed) or {}
         errors = {}

@@ -62,6 +62,21 @@ def test_what_is_no_tensor_in_a_batch_is_passed_on():
     assert all(last < first for first, last in tune_layers(fused, [batch] * 4, **settings("ffn")).values())
 
 
+@pytest.mark.parametrize("architecture", ARCHITECTURES, ids=lambda a: a.name)
+def test_without_data_a_model_learns_on_inputs_of_its_own(architecture):
+    results = []
+    for _ in range(2):
+        torch.manual_seed(len(results))  # the global random state does not matter, and stays as it is
+        state, fused = torch.get_rng_state(), get_peft_model(architecture.make(), FusionConfig(ratio=0.5))
+        torch.set_rng_state(state)
+        errors = tune_layers(fused, tokens=600, steps=20)
+        assert torch.equal(torch.get_rng_state(), state)
+        assert errors and all(last <= first for first, last in errors.values())
+        assert sum(last for _, last in errors.values()) < sum(first for first, _ in errors.values())
+        results.append(errors)
+    assert results[0] == results[1]
+
+
 def test_errors_are_measured_in_the_fisher_metric(monkeypatch):
     """Where predictions depend on the first output alone, that one is learned, better than in the plain norm."""
     llama, errors = BY_NAME["llama"], []
@@ -113,6 +128,7 @@ def test_padding_does_not_count_in_the_hidden_state_error():
         ({"learning_rate": 0.0}, "`learning_rate` must be above 0"),
         ({"steps": -1}, "`steps` must be above 0"),
         ({"tokens": 0}, "`tokens` must be above 0"),
+        ({"dataloader": None, "objective": "hidden_states"}, "needs a `dataloader`; only \"ffn\" does without"),
         ({"dataloader": []}, "yields no batch"),
         ({"dataloader": [], "objective": "hidden_states"}, "yields no batch"),
         ({"dataloader": [{"pixels": torch.ones(2, 3)}]}, "does not take a batch"),
