@@ -128,7 +128,7 @@ def test_padding_does_not_count_in_the_hidden_state_error():
         ({"learning_rate": 0.0}, "`learning_rate` must be above 0"),
         ({"steps": -1}, "`steps` must be above 0"),
         ({"tokens": 0}, "`tokens` must be above 0"),
-        ({"dataloader": None, "objective": "hidden_states"}, "needs a `dataloader`; only \"ffn\" does without"),
+        ({"dataloader": None, "objective": "hidden_states"}, 'needs a `dataloader`; only "ffn" does without'),
         ({"dataloader": []}, "yields no batch"),
         ({"dataloader": [], "objective": "hidden_states"}, "yields no batch"),
         ({"dataloader": [{"pixels": torch.ones(2, 3)}]}, "does not take a batch"),
