@@ -65,9 +65,10 @@ def tune_layers(
     for name, value in (("learning_rate", learning_rate), ("steps", steps), ("tokens", tokens)):
         if value is not None and not value > 0:
             raise ValueError(f"`{name}` must be above 0, but got {value!r}.")
-    if dataloader is None and objective != "ffn":
-        raise ValueError(f'`objective={objective!r}` needs a `dataloader`; only "ffn" does without.')
-    original, fused = pair(model, teacher)
     if objective == "ffn":
+        original, fused = pair(model, teacher)
         return tune_ffn_outputs(original, fused, dataloader, learning_rate or 0.03, steps or 500, tokens, seed)
+    if dataloader is None:
+        raise ValueError(f'`objective="{objective}"` needs a `dataloader`; only "ffn" does without.')
+    original, fused = pair(model, teacher)
     return tune_hidden_states(original, fused, dataloader, learning_rate or 1e-4, steps, accelerator)
