@@ -44,7 +44,7 @@ from models import load_causal_lm  # noqa: E402
 from training import be_quiet  # noqa: E402
 
 LAYERS = list(range(14, 30))
-LENGTH = 256  # tokens of a sequence to calibrate and tune on
+LENGTH = 256  # tokens of a sequence of data; the model's own have OWN_LENGTH
 TUNING_TOKENS, TUNING_STEPS = 2**16, 600
 TUNED = ("fusion", "pruning by saliency, refit")
 OFF_CHART = 5  # a plot shows perplexities of up to so many times the original's

@@ -44,8 +44,8 @@ def calibrate(
 ) -> None:
     """Collects what data-aware fusion needs; call it before `get_peft_model` with the same configuration.
 
-    The best inputs are those that the model will be fine-tuned on, then other text, then what a causal LM samples
-    itself, then random tokens. 128 sequences suffice. Padding is left out where `attention_mask` says so.
+    The best inputs are those that the model will be fine-tuned on, then text that resembles them, then what a causal LM
+    samples itself, then random tokens. 128 sequences suffice. Padding is left out where `attention_mask` says so.
 
     Then come a few backward passes, a sentence at a time: of the likelihood of the model's own predictions, which
     tells what errors they would show, and of a random projection of its output, for the scales of the narrow FFNs. No
@@ -53,7 +53,8 @@ def calibrate(
 
     Memory beyond the model's: 4 * width ** 2 bytes an FFN, and 2048 inputs an FFN in the model's dtype. What is on
     a GPU is moved to CPU memory after each pass. For the scales, the activations that the backward pass of one
-    sentence needs (of its first 64 tokens), and 1024 inputs and gradients an FFN in CPU memory.
+    sentence needs (of its first 64 tokens), and 1024 inputs and gradients an FFN in CPU memory; 88 sequences are kept
+    for both.
 
     Args:
         model: the model to be fused, with or without fusion adapters.

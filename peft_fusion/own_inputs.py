@@ -21,8 +21,8 @@ BATCH_SIZE = 64  # decoding is bound by reading the weights; more at once is fas
 def own_inputs(model: nn.Module, sequences: int, length: int, seed: int) -> list[dict[str, Tensor]]:
     """Batches of inputs without any data: a causal LM's own text, random tokens for any other text model.
 
-    Sampled text is close to what the model was trained on and calibrates nearly as well as text of another
-    domain; random tokens do worse, but far better than nothing.
+    Sampled text is close to what the model was trained on and calibrates better than a narrow text of another domain;
+    random tokens do worse, but far better than nothing.
 
     Args:
         model: a transformers model that takes `input_ids`.

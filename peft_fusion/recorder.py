@@ -38,7 +38,7 @@ class Recorder:
         self.statistics, self._decodes = statistics, decodes
         self.sentences: list[Mapping[str, Tensor]] = []
         self.held_out: list[Mapping[str, Tensor]] = []
-        self._most = sentences, held_out
+        self._most_sentences, self._most_held_out = sentences, held_out
         self._masks: dict[str, Tensor | None] = {}
         self._size, self._first = 0, 0
 
@@ -68,8 +68,8 @@ class Recorder:
         self._masks = {"encoder": batch.get("attention_mask"), "decoder": decoder}
         self._size, self._first = len(next(iter(batch.values()))), seen
         held_out = single_sentences(batch, (HELD_OUT - 1 - seen) % HELD_OUT, HELD_OUT)
-        self.sentences += islice(single_sentences(batch), self._most[0] - len(self.sentences))
-        self.held_out += islice(held_out, self._most[1] - len(self.held_out))
+        self.sentences += islice(single_sentences(batch), self._most_sentences - len(self.sentences))
+        self.held_out += islice(held_out, self._most_held_out - len(self.held_out))
         return self._size
 
     def inputs_hook(self, name: str) -> Hook:

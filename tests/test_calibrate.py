@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import importlib
 
 import pytest
 import torch
@@ -21,6 +22,7 @@ from peft_fusion.fidelity.pair import Side
 from peft_fusion.fusing.gradient_kernels import TokenGradients, adam_kernels
 from peft_fusion.fusing.statistics import SAMPLE_TOKENS, FFNStatistics
 from peft_fusion.gradients import MAGNIFIED, _shortened
+from peft_fusion.own_inputs import OWN_LENGTH
 from peft_fusion.plan import plan_ffns
 from peft_fusion.tangents import FEWEST_SENTENCES, MOST_SENTENCES, sentences_for
 
@@ -114,10 +116,27 @@ def test_a_model_can_make_its_own_inputs(architecture, unchanged):
 
 @pytest.mark.parametrize(("data", "sequences"), [(True, SEQUENCES), (False, OWN_SEQUENCES)])
 def test_how_much_it_takes_unless_told(data, sequences):
-    bert, config = BY_NAME["bert"], FusionConfig(ratio=0.5)
-    model = bert.make()
-    calibrate(model, config, batches(bert, count=80) if data else None)
-    assert f"{sequences} sequences" in calibration_for(model, plan_ffns(model, config)).source
+    llama, config = BY_NAME["llama"], FusionConfig(ratio=0.5)
+    model = llama.make()
+    model.config.max_position_embeddings = 1000  # the length is the default, not the longest
+    calibrate(model, config, batches(llama, count=80) if data else None)
+    length = llama.batch()["input_ids"].shape[1] if data else OWN_LENGTH
+    tokens = sequences * length
+    used = tokens - tokens // 4 + min(tokens // 4, SAMPLE_TOKENS)
+    source = calibration_for(model, plan_ffns(model, config)).source
+    assert source.startswith(f"{sequences} sequences, {used} tokens of ")
+
+
+def test_scales_are_fitted_to_sentences_that_the_refit_does_not_see(monkeypatch):
+    seen = []
+    module = importlib.import_module("peft_fusion.calibrate")  # the package shows the function by that name
+    monkeypatch.setattr(module, "add_tangents", lambda model, planned, sentences, *_: seen.extend(sentences))
+    bert = BY_NAME["bert"]
+    data = batches(bert, count=5)
+    calibrate(bert.make(), FusionConfig(ratio=0.5), data)
+    assert len(seen) == 5 and all(
+        torch.equal(s["input_ids"], b["input_ids"][3:]) for s, b in zip(seen, data, strict=True)
+    )
 
 
 def test_only_as_many_sequences_as_asked_for():

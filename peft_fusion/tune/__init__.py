@@ -57,7 +57,8 @@ def tune_layers(
         "hidden_states" the mean squared error of the first and of the last tenth of the steps, under that name.
 
     Raises:
-        ValueError: for an unknown objective, a number out of range, no fusion adapter, or unusable batches.
+        ValueError: for an unknown objective, a number out of range, no fusion adapter, unusable batches,
+            or no `dataloader` where the objective or the model needs one.
         RuntimeError: if the original weights were dropped and no teacher is given.
     """
     if objective not in OBJECTIVES:
@@ -65,10 +66,9 @@ def tune_layers(
     for name, value in (("learning_rate", learning_rate), ("steps", steps), ("tokens", tokens)):
         if value is not None and not value > 0:
             raise ValueError(f"`{name}` must be above 0, but got {value!r}.")
+    original, fused = pair(model, teacher)
     if objective == "ffn":
-        original, fused = pair(model, teacher)
         return tune_ffn_outputs(original, fused, dataloader, learning_rate or 0.03, steps or 500, tokens, seed)
     if dataloader is None:
         raise ValueError(f'`objective="{objective}"` needs a `dataloader`; only "ffn" does without.')
-    original, fused = pair(model, teacher)
     return tune_hidden_states(original, fused, dataloader, learning_rate or 1e-4, steps, accelerator)

@@ -20,7 +20,7 @@ from ..own_inputs import OWN_LENGTH, own_inputs
 from ..progress import progress
 from .student import Student, fit
 
-SENTENCES = 128  # that the Fisher information is taken of: twice as many as calibration, in a small part of the time
+FISHER_SENTENCES = 128  # twice as many as in calibration, in a small part of the time that learning takes
 
 
 def tune_ffn_outputs(
@@ -66,7 +66,7 @@ def _collect_inputs(side: Side, dataloader: Iterable[Batch], tokens: int) -> tup
             current.clear()
             current.update(batch)
             side({key: value for key, value in batch.items() if key != "labels" or _needs_labels(side, batch)})
-            sentences += islice(single_sentences(batch), SENTENCES - len(sentences))
+            sentences += islice(single_sentences(batch), FISHER_SENTENCES - len(sentences))
             if min(sum(map(len, found)) for found in kept.values()) >= tokens:
                 break
     if not all(kept.values()):

@@ -13,6 +13,7 @@ from test_lifecycle import logits
 from peft_fusion import FusionConfig, fuse
 from peft_fusion.fidelity.pair import pair
 from peft_fusion.tune import tune_layers
+from peft_fusion.tune.ffn_outputs import FISHER_SENTENCES
 from peft_fusion.tune.hidden_states import _hidden_states, hidden_state_error
 
 
@@ -93,6 +94,17 @@ def test_errors_are_measured_in_the_fisher_metric(monkeypatch):
             found = fused.get_submodule("base_model.model.model.layers.0.mlp")(x)
         errors.append(float((found - y)[:, 0].square().mean()))
     assert errors[0] < errors[1]
+
+
+def test_the_metric_is_of_enough_sentences_and_no_more(monkeypatch):
+    taken = []
+    monkeypatch.setattr(
+        "peft_fusion.tune.ffn_outputs.fisher_information", lambda side, sentences, seed: taken.append(len(sentences))
+    )
+    llama = BY_NAME["llama"]
+    fused = get_peft_model(llama.make(), FusionConfig(ratio=0.5))
+    tune_layers(fused, batches(llama) * 100, steps=2)
+    assert taken == [FISHER_SENTENCES]
 
 
 def test_a_hopeless_learning_rate_changes_nothing():
