@@ -36,20 +36,15 @@ def own_inputs(model: nn.Module, sequences: int, length: int, seed: int) -> list
     Raises:
         ValueError: if the model has no vocabulary to draw from.
     """
-    config = getattr(model, "config", None)
-    vocabulary = getattr(config, "vocab_size", None)
-    if config is None or not isinstance(vocabulary, int):
-        raise ValueError(
-            f"{type(model).__name__} has no `config.vocab_size`, so it cannot make inputs of its own. Pass a "
-            "`dataloader`."
-        )
+    vocabulary = _vocabulary(model)
+    config: Any = model.config
     positions = getattr(config, "max_position_embeddings", None) or length + 2
     length = min(length, positions - 2)  # RoBERTa's positions start at 2
     batches = []
     for start in progress(range(0, sequences, BATCH_SIZE), "Making inputs"):
         size = min(BATCH_SIZE, sequences - start)
         if _is_causal_lm(model):
-            batches.append({"input_ids": _sample_text(model, size, length, seed + start)})
+            batches.append({"input_ids": _sample_text(model, vocabulary, size, length, seed + start)})
         else:
             generator = torch.Generator().manual_seed(seed + start)
             ids = torch.randint(0, vocabulary, (2, size, length), generator=generator)
@@ -58,17 +53,33 @@ def own_inputs(model: nn.Module, sequences: int, length: int, seed: int) -> list
     return batches
 
 
+def _vocabulary(model: nn.Module) -> int:
+    """How many token ids a model knows: its embedding may hold fewer than its configuration says.
+
+    Raises:
+        ValueError: if the model has no vocabulary.
+    """
+    vocabulary = getattr(getattr(model, "config", None), "vocab_size", None)
+    if not isinstance(vocabulary, int):
+        raise ValueError(
+            f"{type(model).__name__} has no `config.vocab_size`, so it cannot make inputs of its own. Pass a "
+            "`dataloader`."
+        )
+    embedding = model.get_input_embeddings() if hasattr(model, "get_input_embeddings") else None
+    return min(vocabulary, getattr(embedding, "num_embeddings", vocabulary))
+
+
 def _is_causal_lm(model: nn.Module) -> bool:
     """Whether a model generates text by itself, from a start token alone."""
     can_generate = getattr(model, "can_generate", lambda: False)
     return bool(can_generate()) and not getattr(model.config, "is_encoder_decoder", False)
 
 
-def _sample_text(model: Any, size: int, length: int, seed: int) -> Tensor:
+def _sample_text(model: Any, vocabulary: int, size: int, length: int, seed: int) -> Tensor:
     """Text sampled at temperature 1, half of it from the start token and half from random ones: (size, length)."""
     device = next(model.parameters()).device
     generator = torch.Generator().manual_seed(seed)
-    start = torch.randint(0, model.config.vocab_size, (size, 1), generator=generator)
+    start = torch.randint(0, vocabulary, (size, 1), generator=generator)
     if getattr(model.config, "bos_token_id", None) is not None:
         start[: size // 2] = model.config.bos_token_id
     with torch.random.fork_rng([device] if device.type == "cuda" else []), torch.no_grad():

@@ -98,8 +98,8 @@ class Recorder:
         """
         if seen < HELD_OUT:
             raise ValueError(
-                f"Calibration needs at least {HELD_OUT} sequences, one of them to hold out, but the data loader gave "
-                f"{seen}. 128 are a good number."
+                f"Calibration needs at least {HELD_OUT} sequences, one of them to hold out, but got {seen}. 128 are "
+                "a good number, or 512 of the model's own."
             )
         for name, statistics in self.statistics.items():
             if not statistics.tokens or not statistics.held_out_tokens:

@@ -22,7 +22,7 @@ from peft_fusion.fidelity.pair import Side
 from peft_fusion.fusing.gradient_kernels import TokenGradients, adam_kernels
 from peft_fusion.fusing.statistics import SAMPLE_TOKENS, FFNStatistics
 from peft_fusion.gradients import MAGNIFIED, _shortened
-from peft_fusion.own_inputs import OWN_LENGTH
+from peft_fusion.own_inputs import OWN_LENGTH, own_inputs
 from peft_fusion.plan import plan_ffns
 from peft_fusion.tangents import FEWEST_SENTENCES, MOST_SENTENCES, sentences_for
 
@@ -169,8 +169,8 @@ class Unusable:
     """Batches that cannot be used, and what is said of them."""
 
     cases = {
-        "none": ([], "at least 4 sequences, .* but the data loader gave 0"),
-        "too few": ([BY_NAME["bert"].batch(size=2)], "but the data loader gave 2"),
+        "none": ([], "at least 4 sequences, .* but got 0"),
+        "too few": ([BY_NAME["bert"].batch(size=2)], "but got 2"),
         "a tuple": ([(torch.ones(4, 7),)], "must be a mapping of tensors, .* but got tuple"),
         "strings": ([{"text": ["a"] * 4}], "must be a mapping of tensors.*'text': 'list'"),
         "wrong names": ([{"pixels": torch.ones(4, 7)}], r"cannot take a calibration batch with \['pixels'\]"),
@@ -209,6 +209,15 @@ def test_statistics_for_another_configuration_or_other_weights():
     model.bert.encoder.layer[0].output.dense.weight.data *= 2
     with pytest.raises(ValueError, match="have changed since the model was calibrated"):
         get_peft_model(model, FusionConfig(layers_to_transform=[0]))
+
+
+@pytest.mark.parametrize("architecture", ["bert", "llama"])
+def test_own_inputs_hold_no_token_that_the_embedding_lacks(architecture):
+    model = BY_NAME[architecture].make()
+    model.config.vocab_size *= 100
+    known = model.get_input_embeddings().num_embeddings
+    made = torch.cat([batch["input_ids"] for batch in own_inputs(model, 32, 8, seed=0)])
+    assert made.max() < known
 
 
 @pytest.mark.parametrize(("name", "value"), [("sequences", 0), ("length", -1), ("ffns_per_pass", 1.5)])
