@@ -53,7 +53,7 @@ def own_inputs(model: nn.Module, sequences: int, length: int, seed: int) -> list
     return batches
 
 
-def _vocabulary(model: nn.Module) -> int:
+def _vocabulary(model: Any) -> int:
     """How many token ids a model knows: its embedding may hold fewer than its configuration says.
 
     Raises:
