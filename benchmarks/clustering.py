@@ -33,8 +33,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from peft_fusion.fusing.gram import gram_matrix
-from peft_fusion.fusing.kmeans import kernel_kmeans
+from peft_fusion.fusing.cluster.gram import gram_matrix
+from peft_fusion.fusing.cluster.kmeans import kernel_kmeans
 
 RATIO = 0.25
 RESTARTS = 30

@@ -32,7 +32,7 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, default_data_collator
 
 from peft_fusion import FusionConfig, calibrate, fidelity, tune_layers
-from peft_fusion.own_inputs import OWN_LENGTH, own_inputs
+from peft_fusion.observe.own_inputs import OWN_LENGTH, own_inputs
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 

@@ -22,7 +22,7 @@ from training import fine_tune
 from transformers import DataCollatorWithPadding, PreTrainedModel, set_seed
 
 from peft_fusion import FusionConfig, calibrate, fidelity, tune_layers
-from peft_fusion.plan import plan_ffns
+from peft_fusion.tuner.plan import plan_ffns
 
 LORA_RATE = 1e-3  # every other row has the learning rate that suits the full model
 BATCH = 32
@@ -145,7 +145,7 @@ def tune(
     bf16 = bool(setting.training.get("bf16"))
     accelerator = Accelerator(mixed_precision="bf16" if bf16 else "no", cpu=bf16 and not torch.cuda.is_available())
     layerwise = {"learning_rate": setting.learning_rate, "accelerator": accelerator}
-    before = fidelity(model, held_out, sentences=1).hidden_states.relative
+    before = fidelity(model, held_out, sequences=1).hidden_states.relative
     started = time.perf_counter()
     tune_layers(
         model,
@@ -155,13 +155,13 @@ def tune(
         **layerwise if objective == "hidden_states" else {},
     )
     seconds = time.perf_counter() - started
-    after = fidelity(model, held_out, sentences=1).hidden_states.relative
+    after = fidelity(model, held_out, sequences=1).hidden_states.relative
     return {"hidden-state error, tuned / before": after / before, "seconds to tune": seconds}
 
 
 def closeness(model: PeftModel, held_out: Iterable[dict[str, Any]], setting: Setting) -> dict[str, float]:
     """How near the narrow model is to the original, in outputs and in tangent kernels."""
-    report = fidelity(model, held_out, sentences=setting.sentences)
+    report = fidelity(model, held_out, sequences=setting.sentences)
     return {
         "FFN output error": sum(ffn.output.relative for ffn in report.ffns) / len(report.ffns),
         "hidden-state error": report.hidden_states.relative,

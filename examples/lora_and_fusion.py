@@ -28,7 +28,7 @@ from training import be_quiet, fine_tune
 from transformers import DataCollatorWithPadding, PreTrainedModel
 
 from peft_fusion import FusionConfig, fuse
-from peft_fusion.mixed import load_mixed, save_mixed
+from peft_fusion.tuner.mixed import load_mixed, save_mixed
 
 STEPS, SMOKE_STEPS = 100, 2
 TEST_EXAMPLES, SMOKE_TEST_EXAMPLES = 2000, 32

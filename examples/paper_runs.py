@@ -17,8 +17,8 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedModel
 
 from peft_fusion import FusionConfig, calibrate, tune_layers
-from peft_fusion.config import METHODS as FUSED
-from peft_fusion.recipe import CALIBRATED_METHODS
+from peft_fusion.tuner.config import METHODS as FUSED
+from peft_fusion.tuner.recipe import CALIBRATED_METHODS
 
 METHODS = ("full", "lora", *FUSED)
 # The paper fuses the last 8 of 12 layers from 3072 neurons to 768, by their weights alone.

@@ -2,7 +2,7 @@
 
 from .find import FFN, across_neurons, base_of, features, find_ffns, unreadable_projections
 from .layouts import LAYOUTS, FFNLayout, register_layout
-from .originals import bring_back, require_originals, take_away
+from .originals import offload, require_originals, restore
 from .run import find_activation, run_ffn
 from .select import Selection, select_ffns, target_widths
 from .storage import blank_like, check_can_leave, is_quantised
@@ -17,7 +17,7 @@ __all__ = [
     "Selection",
     "across_neurons",
     "base_of",
-    "bring_back",
+    "restore",
     "check_can_leave",
     "check_finite",
     "config_widths",
@@ -32,7 +32,7 @@ __all__ = [
     "require_originals",
     "run_ffn",
     "select_ffns",
-    "take_away",
+    "offload",
     "target_widths",
     "unreadable_projections",
 ]

@@ -48,8 +48,8 @@ class FFN:
         return features(self.base_projections[-1])[0]
 
     @property
-    def degree(self) -> int | None:
-        """The degree of homogeneity of the activation: ReLU 1, squared ReLU 2, None for any other."""
+    def homogeneity(self) -> int | None:
+        """The homogeneity of homogeneity of the activation: ReLU 1, squared ReLU 2, None for any other."""
         return {"ReLU": 1, "relu": 1, "ReLUSquaredActivation": 2}.get(_function_name(self.activation))
 
     @property

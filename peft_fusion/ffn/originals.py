@@ -15,12 +15,12 @@ from .storage import dense_parameter
 _AWAY = "_mlp_fusion_originals"  # on the module: name -> tensor in CPU memory, or an empty dict once dropped
 
 
-def take_away(module: nn.Module, keep: bool) -> None:
+def offload(module: nn.Module, keep: bool) -> None:
     """Replaces a projection's parameters by empty ones.
 
     Args:
         module: the projection.
-        keep: whether the originals stay in CPU memory, for `bring_back`.
+        keep: whether the originals stay in CPU memory, for `restore`.
     """
     if is_away(module):
         return
@@ -30,7 +30,7 @@ def take_away(module: nn.Module, keep: bool) -> None:
         _set(module, name, torch.empty(0, dtype=tensor.dtype, device=tensor.device))
 
 
-def bring_back(module: nn.Module) -> None:
+def restore(module: nn.Module) -> None:
     """Puts a projection's original parameters back on the device it is on now; does nothing if they never left.
 
     Raises:

@@ -12,13 +12,13 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from ..ffn import FFN
-from ..layer import FusionLayer
-from ..narrow import NarrowOutProjection
+from ..observe.networks import Batch, Network, active_narrow, linear_modules, pair
+from ..observe.projection import Function, random_projection
 from ..progress import progress
-from .function import Function, random_projection
+from ..tuner.layer import FusionLayer
+from ..tuner.narrow import NarrowOutProjection
 from .ntk import Kernels, tangent_kernels
 from .outputs import OutputErrors
-from .pair import Batch, Side, active_narrow, linear_modules, pair
 from .report import FFNFidelity, Fidelity, KernelError, NTKError, OutputError
 
 __all__ = ["FFNFidelity", "Fidelity", "KernelError", "NTKError", "OutputError", "fidelity"]
@@ -30,7 +30,7 @@ def fidelity(
     *,
     reference: nn.Module | None = None,
     max_batches: int | None = None,
-    sentences: int = 128,
+    sequences: int = 128,
     function: Function | None = None,
     memory: int = 2**28,
     seed: int = 0,
@@ -40,25 +40,25 @@ def fidelity(
     The original is the same model with its original FFNs; everything else, a trained head say, is left as it is,
     so that what differs is the FFNs. Their outputs are compared on the original's inputs to each of them.
 
-    The kernels are those of f, one number a sentence, over the weights and biases of the FFNs: of the fused model
+    The kernels are those of f, one number a sequence, over the weights and biases of the FFNs: of the fused model
     over its narrow ones, with the standalone scale in the forward; of the original over its wide ones. By default f
-    is a fixed random projection of what the model puts out, averaged over a sentence's tokens: of the logits, in a
+    is a fixed random projection of what the model puts out, averaged over a sequence's tokens: of the logits, in a
     direction that softmax can see (it sums to 0; of two classes it is the difference), or of a feature model's last
     hidden states. The sum of the logits would be what no cross-entropy depends on.
 
-    No gradient is ever held whole: beyond the models and one sentence's backward it takes about `memory`, 200 MB of
-    work space, and four (sentences, sentences) float64 kernels a projection. The inputs and outputs of the FFNs for
+    No gradient is ever held whole: beyond the models and one sequence's backward it takes about `memory`, 200 MB of
+    work space, and four (sequences, sequences) float64 kernels a projection. The inputs and outputs of the FFNs for
     one batch come on top during the output errors.
 
     Args:
         model: a model with an active fusion adapter, or one that is narrow for good (then with a `reference`).
-        dataloader: batches as the model takes them, mappings of tensors whose first dimension counts the sentences.
+        dataloader: batches as the model takes them, mappings of tensors whose first dimension counts the sequences.
         reference: the original model; None: `model` with its original FFNs.
         max_batches: how many batches to take; None for all.
-        sentences: how many sentences (the first ones) the kernels are over.
-        function: f: maps the model's output and a batch of one sentence to a tensor of one element, differentiably.
+        sequences: how many sequences (the first ones) the kernels are over.
+        function: f: maps the model's output and a batch of one sequence to a tensor of one element, differentiably.
         memory: bytes for the activations and gradients kept for the kernels. Less memory means more passes, down to
-            one FFN a pass: for that, 4 bytes * tokens of all sentences * (sizes in and out of its projections).
+            one FFN a pass: for that, 4 bytes * tokens of all sequences * (sizes in and out of its projections).
         seed: of the random projection.
 
     Returns:
@@ -68,7 +68,7 @@ def fidelity(
         ValueError: if there is no original to compare with, the dataloader yields nothing, or a batch is not what
             the model takes.
     """
-    for name, value in (("max_batches", max_batches), ("sentences", sentences)):
+    for name, value in (("max_batches", max_batches), ("sequences", sequences)):
         if value is not None and value < 1:
             raise ValueError(f"`{name}` must be at least 1, but got {value}.")
     original, fused = pair(model, reference)
@@ -76,7 +76,7 @@ def fidelity(
     for batch in progress(_batches(dataloader, max_batches, fused), "Outputs"):
         first, count = first or batch, count + 1
         errors.add(batch)
-        singles += islice(_single_sentences(batch), sentences - len(singles))
+        singles += islice(_single_sentences(batch), sequences - len(singles))
     if first is None:
         raise ValueError("The dataloader yields no batch: give one that can be iterated anew, with at least one batch.")
     function = function or random_projection(fused, seed)
@@ -89,14 +89,14 @@ def fidelity(
         outputs=errors.outputs.error(),
         ntk=_ntk_error(*whole),
         batches=count,
-        sentences=len(singles),
+        sequences=len(singles),
         parameters=(_parameters(original), _parameters(fused)),
         flops=(_flops(original, first), _flops(fused, first)),
         kernels={"adam": (whole[0].adam, whole[1].adam), "sgd": (whole[0].sgd, whole[1].sgd)},
     )
 
 
-def _batches(dataloader: Iterable[Any], limit: int | None, side: Side) -> Iterator[Batch]:
+def _batches(dataloader: Iterable[Any], limit: int | None, side: Network) -> Iterator[Batch]:
     """The batches without labels, unless an encoder-decoder makes its inputs from them."""
     for index, batch in enumerate(dataloader):
         if index == limit:
@@ -106,12 +106,12 @@ def _batches(dataloader: Iterable[Any], limit: int | None, side: Side) -> Iterat
                 "A batch must be a mapping of argument names to tensors, as a data collator makes it, but the "
                 f"dataloader yields {type(batch).__name__}."
             )
-        keep_labels = side.decodes and "decoder_input_ids" not in batch
+        keep_labels = side.is_encoder_decoder and "decoder_input_ids" not in batch
         yield {key: value for key, value in batch.items() if key != "labels" or keep_labels}
 
 
 def _single_sentences(batch: Batch) -> Iterator[Batch]:
-    """The batch's sentences, each a batch of its own."""
+    """The batch's sequences, each a batch of its own."""
     size = next(len(value) for value in batch.values() if isinstance(value, Tensor))
     for i in range(size):
         yield {
@@ -141,7 +141,7 @@ def _ntk_error(original: Kernels, fused: Kernels) -> NTKError:
     return NTKError(KernelError.between(fused.adam, original.adam), KernelError.between(fused.sgd, original.sgd))
 
 
-def _parameters(side: Side) -> int:
+def _parameters(side: Network) -> int:
     """The model's parameters as it would be without an adapter: its FFNs narrow or not, its scale folded in."""
     with side.running():  # what is offloaded counts where it is in place
         count = sum(
@@ -155,7 +155,7 @@ def _parameters(side: Side) -> int:
     return count
 
 
-def _flops(side: Side, batch: Batch) -> float:
+def _flops(side: Network, batch: Batch) -> float:
     """Of a forward over a batch, a token; attention in its plain form, whose products can be counted."""
     mask = batch.get("attention_mask")
     tokens = mask.numel() if isinstance(mask, Tensor) else next(iter(batch.values())).shape[:2].numel()

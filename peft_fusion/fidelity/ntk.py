@@ -1,6 +1,6 @@
-"""The tangent kernels of a model's FFN weights over a set of sentences.
+"""The tangent kernels of a model's FFN weights over a set of sequences.
 
-A pass over the sentences keeps what goes into the projections of a few FFNs, and the gradients of what comes out; then
+A pass over the sequences keeps what goes into the projections of a few FFNs, and the gradients of what comes out; then
 the kernels of one projection after the other are made of them (`fusing/gradient_kernels.py`).
 """
 
@@ -15,17 +15,17 @@ from torch import Tensor, nn
 
 from ..ffn import FFN
 from ..fusing.gradient_kernels import gradient_kernels
-from ..narrow import LowRankProjection, NarrowInProjection, NarrowOutProjection
+from ..observe.networks import Batch, Network, linear_modules
+from ..observe.projection import Function
 from ..progress import progress
-from .function import Function
-from .pair import Batch, Side, linear_modules
+from ..tuner.narrow import LowRankProjection, NarrowInProjection, NarrowOutProjection
 
 Token = tuple[Tensor, Tensor]
 
 
 @dataclass(frozen=True)
 class Kernels:
-    """The tangent kernels of some weights over n sentences.
+    """The tangent kernels of some weights over n sequences.
 
     Args:
         adam: <grad f(x_n), sign grad f(x_m)>, float64 of shape (n, n) on the CPU.
@@ -40,14 +40,14 @@ class Kernels:
 
 
 def tangent_kernels(
-    side: Side, sentences: Sequence[Batch], function: Function, memory: int
+    side: Network, sequences: Sequence[Batch], function: Function, memory: int
 ) -> dict[tuple[str, str], Kernels]:
     """The kernels of every projection of a network's FFNs.
 
     Args:
         side: the network; its weights are those it runs with, the narrow ones of a fused network.
-        sentences: batches of one sentence each.
-        function: maps the model's output and the sentence to a tensor of one element, f.
+        sequences: batches of one sequence each.
+        function: maps the model's output and the sequence to a tensor of one element, f.
         memory: bytes for the activations and gradients that are kept at a time; where those of one FFN need more,
             it gets a pass of its own. Passes are what less memory costs.
 
@@ -55,16 +55,16 @@ def tangent_kernels(
         (FFN's name, projection's path) -> its kernels.
 
     Raises:
-        ValueError: if the model does not take a sentence.
+        ValueError: if the model does not take a sequence.
     """
     kernels: dict[tuple[str, str], Kernels] = {}
     with side.running():
-        passes = _passes(side, sentences, function, memory)
-        steps = progress([(ffns, i) for ffns in passes for i in range(len(sentences))], "Tangent kernels")
+        passes = _passes(side, sequences, function, memory)
+        steps = progress([(ffns, i) for ffns in passes for i in range(len(sequences))], "Tangent kernels")
         kept: list[dict[nn.Module, Token]] = []
         for ffns, index in steps:
-            kept.append(_token_gradients(side, ffns, sentences[index], function))
-            if len(kept) < len(sentences):
+            kept.append(_token_gradients(side, ffns, sequences[index], function))
+            if len(kept) < len(sequences):
                 continue
             for ffn in ffns:
                 paths = (*ffn.layout.in_projections, ffn.layout.out_projection)
@@ -75,10 +75,10 @@ def tangent_kernels(
     return kernels
 
 
-def _passes(side: Side, sentences: Sequence[Batch], function: Function, memory: int) -> list[list[FFN]]:
-    """The FFNs in groups whose activations fit the memory, judged by what the first sentence needs."""
-    first = _token_gradients(side, side.ffns, sentences[0], function)
-    factor = sum(map(_positions, sentences)) / _positions(sentences[0])
+def _passes(side: Network, sequences: Sequence[Batch], function: Function, memory: int) -> list[list[FFN]]:
+    """The FFNs in groups whose activations fit the memory, judged by what the first sequence needs."""
+    first = _token_gradients(side, side.ffns, sequences[0], function)
+    factor = sum(map(_positions, sequences)) / _positions(sequences[0])
     passes: list[list[FFN]] = [[]]
     used = 0.0
     for ffn in side.ffns:
@@ -93,15 +93,15 @@ def _passes(side: Side, sentences: Sequence[Batch], function: Function, memory: 
     return passes
 
 
-def _positions(sentence: Batch) -> int:
-    """How long a sentence is, in any unit."""
-    mask = sentence.get("attention_mask")
+def _positions(sequence: Batch) -> int:
+    """How long a sequence is, in any unit."""
+    mask = sequence.get("attention_mask")
     if isinstance(mask, Tensor):
         return int(mask.sum()) or 1
-    return max(next(value.shape[1] if value.dim() > 1 else 1 for value in sentence.values()), 1)
+    return max(next(value.shape[1] if value.dim() > 1 else 1 for value in sequence.values()), 1)
 
 
-def _token_gradients(side: Side, ffns: list[FFN], sentence: Batch, function: Function) -> dict[nn.Module, Token]:
+def _token_gradients(side: Network, ffns: list[FFN], sequence: Batch, function: Function) -> dict[nn.Module, Token]:
     """For each linear module that f depends on, what goes in (t, in) and the gradient of what comes out (t, out).
 
     Tokens without a gradient, padding above all, are left out: they add nothing.
@@ -109,7 +109,7 @@ def _token_gradients(side: Side, ffns: list[FFN], sentence: Batch, function: Fun
     modules = {linear for ffn in ffns for p in ffn.projections for linear in linear_modules(p, side.fused)}
     calls: list[tuple[nn.Module, Tensor, Tensor]] = []
     with torch.enable_grad(), _recording(modules, calls):
-        value = function(side(sentence, hidden_states=False), sentence).sum()
+        value = function(side(sequence, hidden_states=False), sequence).sum()
         gradients = torch.autograd.grad(value, [output for _, _, output in calls], allow_unused=True)
     found: dict[nn.Module, list[Token]] = {}
     for (module, x, _), gradient in zip(calls, gradients, strict=True):
@@ -144,14 +144,14 @@ def _recording(modules: set[nn.Module], calls: list[tuple[nn.Module, Tensor, Ten
 
 
 def _kernels_of(module: nn.Module, kept: Sequence[dict[nn.Module, Token]]) -> Kernels:
-    """One linear module's kernels; a sentence that does not reach it, as it may an expert, has no tokens there."""
+    """One linear module's kernels; a sequence that does not reach it, as it may an expert, has no tokens there."""
     kernels = Kernels(*torch.zeros(2, len(kept), len(kept), dtype=torch.float64))
     reached = next((one[module] for one in kept if module in one), None)
     if reached is None:
         return kernels
     nothing = (reached[0][:0], reached[1][:0])
     seen = [_as_weights_see_them(module, *one.get(module, nothing)) for one in kept]
-    for tokens in zip(*seen, strict=True):  # of every sentence, for one weight after the other
+    for tokens in zip(*seen, strict=True):  # of every sequence, for one weight after the other
         kernels += Kernels(*gradient_kernels(*zip(*tokens, strict=True)))
     return kernels
 

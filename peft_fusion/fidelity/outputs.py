@@ -12,7 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from ..ffn import FFN
-from .pair import Batch, Side
+from ..observe.batches import padding_mask
+from ..observe.networks import Batch, Network
+from ..observe.outputs import main_output, run_whole
 from .report import OutputError
 
 
@@ -59,7 +61,7 @@ class OutputErrors:
         fused: the fused one.
     """
 
-    def __init__(self, original: Side, fused: Side) -> None:
+    def __init__(self, original: Network, fused: Network) -> None:
         self.original, self.fused = original, fused
         self.ffns = {ffn.name: DistanceMean() for ffn in fused.ffns}
         self.hidden_states, self.outputs = DistanceMean(), DistanceMean()
@@ -78,13 +80,13 @@ class OutputErrors:
                 self.fused(batch, hidden_states=False)
         for mean, ours, theirs in zip((self.hidden_states, self.outputs), found, expected, strict=True):
             if ours is not None and theirs is not None:
-                mean.add(ours, theirs, padding_mask(batch, ours.shape, self.fused.decodes))
+                mean.add(ours, theirs, padding_mask(batch, ours.shape, self.fused.is_encoder_decoder))
 
     @contextmanager
     def _following(self, ffn: FFN, recorded: list[tuple[Tensor, Tensor]], batch: Batch) -> Iterator[None]:
         """Feeds an FFN the original's inputs, measures its outputs, and passes the original's outputs on."""
         *ins, out = ffn.projections
-        decodes = self.fused.decodes and "decoder" in ffn.name.split(".")
+        is_encoder_decoder = self.fused.is_encoder_decoder and "decoder" in ffn.name.split(".")
         queues = {module: iter(recorded) for module in (*ins, out)}
 
         def feed(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
@@ -92,7 +94,7 @@ class OutputErrors:
 
         def compare(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
             original = next(queues[module])[1].to(output.device)
-            self.ffns[ffn.name].add(output, original, padding_mask(batch, output.shape, decodes))
+            self.ffns[ffn.name].add(output, original, padding_mask(batch, output.shape, is_encoder_decoder))
             return original  # so that a router behind this FFN sends the same tokens to the same experts
 
         handles = [module.register_forward_pre_hook(feed) for module in ins] + [out.register_forward_hook(compare)]
@@ -128,58 +130,7 @@ def _recording(ffns: list[FFN], recorded: dict[str, list[tuple[Tensor, Tensor]]]
             handle.remove()
 
 
-def run_whole(side: Side, batch: Batch) -> tuple[Tensor | None, Any]:
-    """The hidden states behind the last layer (an encoder-decoder's decoder), and the model's output."""
-    model: Any = side.model
-    backbone = getattr(model, "base_model", model)
-    if backbone is model and side.decodes and hasattr(model, "get_decoder"):
-        backbone = model.get_decoder()
-    hidden: list[Tensor | None] = [None]
-
-    def note(module: nn.Module, args: Any, output: Any) -> None:
-        hidden[0] = getattr(output, "last_hidden_state", None)
-
-    handle = backbone.register_forward_hook(note)
-    try:
-        output = side(batch, hidden_states=False)
-        return hidden[0], output
-    finally:
-        handle.remove()
-
-
-def _outputs(side: Side, batch: Batch) -> tuple[Tensor | None, Tensor | None]:
+def _outputs(side: Network, batch: Batch) -> tuple[Tensor | None, Tensor | None]:
     """The hidden states behind the last layer, and what the model is there for."""
     hidden, output = run_whole(side, batch)
     return hidden, main_output(output)
-
-
-def main_output(output: Any) -> Tensor | None:
-    """What a model is there for: logits, else hidden states, else its first tensor."""
-    for name in ("logits", "last_hidden_state"):
-        if getattr(output, name, None) is not None:
-            return output[name] if isinstance(output, dict) else getattr(output, name)
-    if isinstance(output, Tensor):
-        return output
-    values = output.values() if isinstance(output, dict) else output
-    return next((value for value in values if isinstance(value, Tensor)), None)
-
-
-def padding_mask(batch: Batch, shape: torch.Size, decoder: bool) -> Tensor | None:
-    """Which positions of a (batch, length, ...) or (batch * length, dim) tensor hold tokens, not padding.
-
-    Args:
-        batch: the model's inputs.
-        shape: the tensor's.
-        decoder: whether it belongs to the decoder of an encoder-decoder, whose tokens have a mask of their own.
-
-    Returns:
-        Boolean tensor of the tensor's shape without its last dimension, or None if every position counts.
-    """
-    labels, mask = batch.get("labels"), batch.get("decoder_attention_mask" if decoder else "attention_mask")
-    if decoder and mask is None and isinstance(labels, Tensor):
-        mask = labels != -100
-    if not isinstance(mask, Tensor) or mask.dim() != 2:
-        return None
-    if shape[:-1] == mask.shape:
-        return mask.bool()
-    return mask.bool().flatten() if shape[:-1] == mask.flatten().shape else None

@@ -93,10 +93,10 @@ class Fidelity:
         outputs: the error of the logits (a feature model's: of its hidden states).
         ntk: over the weights and biases of all compared FFNs.
         batches: batches that the output errors are means over.
-        sentences: sentences that the kernels are over.
+        sequences: sequences that the kernels are over.
         parameters: of the original and the fused model, the scale folded in.
         flops: of the original's and the fused model's forward, a token.
-        kernels: "adam" and "sgd" -> the kernels over all compared FFNs, original and fused, (sentences, sentences).
+        kernels: "adam" and "sgd" -> the kernels over all compared FFNs, original and fused, (sequences, sequences).
     """
 
     ffns: list[FFNFidelity]
@@ -104,13 +104,13 @@ class Fidelity:
     outputs: OutputError
     ntk: NTKError
     batches: int
-    sentences: int
+    sequences: int
     parameters: tuple[int, int]
     flops: tuple[float, float]
     kernels: dict[str, tuple[Tensor, Tensor]] = field(repr=False, compare=False)
 
     def __str__(self) -> str:
-        title = f"Fidelity to the original over {self.batches} batches; tangent kernels over {self.sentences} sentences"
+        title = f"Fidelity to the original over {self.batches} batches; tangent kernels over {self.sequences} sequences"
         name = max([len("hidden states at the end"), *(len(ffn.name) for ffn in self.ffns)])
         empty = f"{'':{name}}  {'':14}"
         lines = [

@@ -9,17 +9,17 @@ import torch
 from torch import Tensor
 
 from .activations import Activation, look_by_parts, look_inside
-from .fusion import average, cast, typical_factor
+from .cluster.kmeans import Clustering, kernel_kmeans
 from .kernels import metric_root, ntk_kernel, output_kernel, weight_kernel
-from .kmeans import Clustering, kernel_kmeans
+from .methods.fusion import average, typical_factor
+from .methods.pruning import norm_products
 from .neurons import eliminate, most_salient, most_salient_of_each
-from .pruning import norm_products
 from .refit import Moments, SampleMoments, moments_of_kept, moments_of_sample, refit, seen
 from .rows import check_width, select_rows
+from .scales import match_tangent_kernel
 from .statistics import FFNStatistics
 from .symmetry import balancing_factors, rescale
-from .tangent import match_tangent_kernel
-from .weights import FFNWeights, NarrowFFN
+from .weights import FFNWeights, NarrowFFN, cast
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ def fuse_calibrated(
     representative: str = "neuron",
     refit: str = "ridge",
     scale: str = "ntk",
-    degree: int | None = None,
+    homogeneity: int | None = None,
     n_init: int | None = None,
     max_iter: int | None = None,
     seed: int = 0,
@@ -81,7 +81,7 @@ def fuse_calibrated(
             cluster, the neurons left by `eliminate` and the most salient ones.
         refit: "ridge": the out-projection is fitted anew; "none".
         scale: "counts" (for centroids), "ntk" or "none".
-        degree: for a plain FFN, its activation's degree of homogeneity; None if it has none.
+        homogeneity: for a plain FFN, its activation's homogeneity of homogeneity; None if it has none.
         n_init: restarts of the clustering; None for the engine's default.
         max_iter: iterations of the clustering; None for the engine's default.
         seed: makes the clustering repeatable.
@@ -99,7 +99,7 @@ def fuse_calibrated(
     settings = {name: value for name, value in clustering.items() if value is not None}
 
     def clusters() -> Clustering:
-        return kernel_kmeans(_kernel(known, kernel, degree), width, seed=seed, **settings)
+        return kernel_kmeans(_kernel(known, kernel, homogeneity), width, seed=seed, **settings)
 
     if method == "pruning":
         saliency = norm_products(weights) if kernel == "weights" else known.saliency
@@ -107,7 +107,7 @@ def fuse_calibrated(
     elif representative == "neuron":
         narrow = _best_of(_candidates(known, clusters(), width), known, refit)
     else:
-        narrow = _centroids(known, clusters(), degree, refit)
+        narrow = _centroids(known, clusters(), homogeneity, refit)
     if scale == "ntk":
         folded = narrow.folded()
         narrow = match_tangent_kernel(known.weights, folded, activation, known.inputs, statistics.tangents)
@@ -138,12 +138,12 @@ def _known(weights: FFNWeights, statistics: FFNStatistics, activation: Activatio
     return _Known(weights, statistics, activation, moment, inputs, hidden, root)
 
 
-def _kernel(known: _Known, kernel: str, degree: int | None) -> Tensor:
+def _kernel(known: _Known, kernel: str, homogeneity: int | None) -> Tensor:
     if kernel == "weights":
-        return weight_kernel(known.weights, degree)
+        return weight_kernel(known.weights, homogeneity)
     if kernel in ("outputs", "fisher"):
         return output_kernel(known.seen_weight, known.second_moment)
-    return ntk_kernel(known.weights, known.second_moment, known.inputs, known.activation, degree)
+    return ntk_kernel(known.weights, known.second_moment, known.inputs, known.activation, homogeneity)
 
 
 def _candidates(known: _Known, clustering: Clustering, width: int) -> list[Tensor]:
@@ -169,17 +169,17 @@ def _best_of(candidates: list[Tensor], known: _Known, how: str) -> NarrowFFN:
     return NarrowFFN(best, torch.ones(best.width, device=best.out_weight.device))
 
 
-def _centroids(known: _Known, clustering: Clustering, degree: int | None, how: str) -> NarrowFFN:
+def _centroids(known: _Known, clustering: Clustering, homogeneity: int | None, how: str) -> NarrowFFN:
     """The narrow FFN of the clusters' means, with their sizes as scale.
 
     Their hidden activations are not among what was accumulated, so they are refitted to one half of the held-out
     tokens and judged on the other.
     """
-    factor = balancing_factors(known.weights, degree)
-    balanced = known.weights if factor is None else rescale(known.weights, factor, degree or 1)
+    factor = balancing_factors(known.weights, homogeneity)
+    balanced = known.weights if factor is None else rescale(known.weights, factor, homogeneity or 1)
     centroids = average(balanced, clustering)
     if factor is not None:
-        centroids = rescale(centroids, 1 / typical_factor(factor, clustering), degree or 1)
+        centroids = rescale(centroids, 1 / typical_factor(factor, clustering), homogeneity or 1)
     counts = clustering.counts.to(centroids.out_weight)
     if how == "none":
         return NarrowFFN(centroids, counts)

@@ -1,7 +1,7 @@
-"""Tangent kernels over sentences, without ever holding all gradients.
+"""Tangent kernels over sequences, without ever holding all gradients.
 
-For a matrix `y = W x` the gradient of a sentence's f is `g = sum_t d_t x_t^T`, with x_t what goes in at token t and d_t
-the gradient of f with respect to y_t. Gradients are formed some rows at a time, for all sentences, and their products
+For a matrix `y = W x` the gradient of a sequence's f is `g = sum_t d_t x_t^T`, with x_t what goes in at token t and d_t
+the gradient of f with respect to y_t. Gradients are formed some rows at a time, for all sequences, and their products
 added to the kernels
 
     Adam   K_A(n, m) = <g_n, sign g_m>            SGD   K(n, m) = <g_n, g_m>        (paper, section 4)
@@ -24,12 +24,12 @@ BLOCK_MEMORY = 2**24
 
 @dataclass(frozen=True)
 class TokenGradients:
-    """What goes into an FFN, and the gradient that comes back to its output, over some sentences.
+    """What goes into an FFN, and the gradient that comes back to its output, over some sequences.
 
     Args:
         inputs: tensor of shape (tokens, in_dim).
         gradients: tensor of shape (tokens, out_dim).
-        counts: each sentence's tokens, which follow one another.
+        counts: each sequence's tokens, which follow one another.
     """
 
     inputs: Tensor
@@ -38,11 +38,11 @@ class TokenGradients:
 
 
 def gradient_kernels(inputs: Sequence[Tensor], gradients: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-    """The kernels of one matrix over n sentences (paper, section 4).
+    """The kernels of one matrix over n sequences (paper, section 4).
 
     Args:
-        inputs: what goes into it, for each sentence a tensor of shape (tokens, in_dim), of float32 at least.
-        gradients: of what comes out of it, (tokens, out_dim) each. A sentence may have no tokens.
+        inputs: what goes into it, for each sequence a tensor of shape (tokens, in_dim), of float32 at least.
+        gradients: of what comes out of it, (tokens, out_dim) each. A sequence may have no tokens.
 
     Returns:
         The Adam and the SGD kernel, float64 tensors of shape (n, n) on the CPU.
@@ -61,14 +61,14 @@ def gradient_kernels(inputs: Sequence[Tensor], gradients: Sequence[Tensor]) -> t
 
 
 def adam_kernels(weights: FFNWeights, activation: Activation, tokens: TokenGradients) -> tuple[Tensor, ...]:
-    """The kernels <grad f(n), sign grad f(m)> of an FFN's projections over sentences n, m (paper, section 4).
+    """The kernels <grad f(n), sign grad f(m)> of an FFN's projections over sequences n, m (paper, section 4).
 
     The out-bias, which no scale multiplies, is left out; memory: `BLOCK_MEMORY`, and hidden activations of the tokens.
 
     Args:
         weights: the FFN's weights.
         activation: its activation function.
-        tokens: over n sentences.
+        tokens: over n sequences.
 
     Returns:
         For each in-projection, then for the out-projection, a float64 tensor of shape (n, n) on the CPU.

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from .activations import Activation, look_inside
-from .gram import gram_matrix
+from .cluster.gram import gram_matrix
 from .symmetry import balancing_factors, rescale
 from .weights import FFNWeights
 
@@ -29,18 +29,18 @@ FLATTENING = 0.1
 """How much of the identity is added to the Fisher information, relative to its mean eigenvalue: it is an estimate."""
 
 
-def weight_kernel(weights: FFNWeights, degree: int | None = None) -> Tensor:
+def weight_kernel(weights: FFNWeights, homogeneity: int | None = None) -> Tensor:
     """The paper's kernel: inner products of the rows `[w1 | b1 | w2]`, in balanced coordinates.
 
     Args:
         weights: the FFN's weights.
-        degree: for a plain FFN, its activation's degree of homogeneity; None if it has none.
+        homogeneity: for a plain FFN, its activation's homogeneity of homogeneity; None if it has none.
 
     Returns:
         Symmetric tensor of shape (neurons, neurons).
     """
-    factor = balancing_factors(weights, degree)
-    balanced = weights if factor is None else rescale(weights, factor, degree or 1)
+    factor = balancing_factors(weights, homogeneity)
+    balanced = weights if factor is None else rescale(weights, factor, homogeneity or 1)
     return gram_matrix(balanced.blocks())
 
 
@@ -89,7 +89,7 @@ def ntk_kernel(
     second_moment: Tensor,
     inputs: Tensor,
     activation: Activation,
-    degree: int | None = None,
+    homogeneity: int | None = None,
 ) -> Tensor:
     """Inner products of the sub-MLPs' outputs and gradients over calibration tokens.
 
@@ -98,16 +98,16 @@ def ntk_kernel(
         second_moment: E[h h^T], tensor of shape (neurons, neurons).
         inputs: tensor of shape (tokens, in_dim), for the derivatives.
         activation: the activation function.
-        degree: for a plain FFN, its activation's degree of homogeneity; None if it has none.
+        homogeneity: for a plain FFN, its activation's homogeneity of homogeneity; None if it has none.
 
     Returns:
         Symmetric tensor of shape (neurons, neurons).
     """
     moment = second_moment.to(weights.out_weight.device)
-    factor = balancing_factors(weights, degree)
+    factor = balancing_factors(weights, homogeneity)
     if factor is not None:
-        weights = rescale(weights, factor, degree or 1)
-        moment = moment * torch.outer(factor, factor) ** (degree or 1)
+        weights = rescale(weights, factor, homogeneity or 1)
+        moment = moment * torch.outer(factor, factor) ** (homogeneity or 1)
     out = gram_matrix([weights.out_weight])
     outputs = moment * out
     x = inputs.to(outputs)

@@ -81,18 +81,18 @@ def multiply_effect(weights: FFNWeights, factor: Tensor) -> FFNWeights:
     Returns:
         The weights, in the dtype that `weights` and `factor` promote to.
     """
-    return rescale(weights, factor.sqrt(), degree=-1)  # divided by root ** -1: multiplied
+    return rescale(weights, factor.sqrt(), homogeneity=-1)  # divided by root ** -1: multiplied
 
 
-def balance(weights: FFNWeights, degree: int | None = None) -> FFNWeights:
+def balance(weights: FFNWeights, homogeneity: int | None = None) -> FFNWeights:
     """The FFN in coordinates that its symmetries do not change (see `symmetry`), in float32 at least.
 
     Args:
         weights: an FFN's weights.
-        degree: for a plain FFN, its activation's degree of homogeneity; None if it has none.
+        homogeneity: for a plain FFN, its activation's homogeneity of homogeneity; None if it has none.
     """
-    factor = balancing_factors(weights, degree)
+    factor = balancing_factors(weights, homogeneity)
     if factor is not None:
-        weights = rescale(weights, factor, degree or 1)
+        weights = rescale(weights, factor, homogeneity or 1)
     dtype = torch.promote_types(weights.out_weight.dtype, torch.float32)
     return map_rows(weights, lambda rows: rows.to(dtype))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .tangent import Tangents
+from .scales import Tangents
 
 SAMPLE_TOKENS = 2048
 """Held-out tokens whose inputs are kept, in the model's dtype: 4.7 MB an FFN at 576 dimensions in float32."""

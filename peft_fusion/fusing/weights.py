@@ -77,3 +77,10 @@ class NarrowFFN:
 def stack_rows(weights: FFNWeights, dtype: torch.dtype = torch.float32) -> Tensor:
     """Every neuron's parameters as one row `[w1 | b1 | w2]`, shape (neurons, row_dim), in `dtype` (a copy)."""
     return torch.cat([block.to(dtype) for block in weights.blocks()], dim=1)
+
+
+def cast(weights: FFNWeights, dtype: torch.dtype) -> FFNWeights:
+    """The weights in another dtype."""
+    ins = tuple(w.to(dtype) for w in weights.in_weights)
+    biases = tuple(None if b is None else b.to(dtype) for b in weights.in_biases)
+    return FFNWeights(ins, biases, weights.out_weight.to(dtype), weights.out_bias)

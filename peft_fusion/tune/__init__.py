@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from accelerate import Accelerator
 from torch import nn
 
-from ..fidelity.pair import Batch, pair
+from ..observe.networks import Batch, pair
 from .ffn_outputs import tune_ffn_outputs
 from .hidden_states import tune_hidden_states
 

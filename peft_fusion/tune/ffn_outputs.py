@@ -11,21 +11,20 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..fidelity.outputs import padding_mask
-from ..fidelity.pair import Batch, Side
-from ..fisher import fisher_information
 from ..fusing.kernels import metric_root
-from ..gradients import single_sentences
-from ..own_inputs import OWN_LENGTH, own_inputs
+from ..observe.batches import padding_mask, single_sequences
+from ..observe.fisher import fisher_information
+from ..observe.networks import Batch, Network
+from ..observe.own_inputs import OWN_LENGTH, own_inputs
 from ..progress import progress
 from .student import Student, fit
 
-FISHER_SENTENCES = 128  # twice as many as in calibration, in a small part of the time that learning takes
+METRIC_SEQUENCES = 128  # twice as many as in calibration, in a small part of the time that learning takes
 
 
 def tune_ffn_outputs(
-    original: Side,
-    fused: Side,
+    original: Network,
+    fused: Network,
     dataloader: Iterable[Batch] | None,
     learning_rate: float,
     steps: int,
@@ -36,8 +35,8 @@ def tune_ffn_outputs(
     with original.running():
         if dataloader is None:
             dataloader = own_inputs(original.model, math.ceil(tokens / OWN_LENGTH), OWN_LENGTH, seed)
-        inputs, sentences = _collect_inputs(original, dataloader, tokens)
-        fisher = fisher_information(original, sentences, seed) or {}
+        inputs, sequences = _collect_inputs(original, dataloader, tokens)
+        fisher = fisher_information(original, sequences, seed) or {}
         errors = {}
         pairs = list(zip(original.ffns, fused.ffns, strict=True))
         for teacher, student in progress(pairs, "Tuning FFNs"):
@@ -47,36 +46,36 @@ def tune_ffn_outputs(
     return errors
 
 
-def _collect_inputs(side: Side, dataloader: Iterable[Batch], tokens: int) -> tuple[dict[str, Tensor], list[Batch]]:
-    """The inputs of every FFN, tensors of shape (tokens, in_dim), without padding, and some sentences.
+def _collect_inputs(side: Network, dataloader: Iterable[Batch], tokens: int) -> tuple[dict[str, Tensor], list[Batch]]:
+    """The inputs of every FFN, tensors of shape (tokens, in_dim), without padding, and some sequences.
 
     Raises:
         ValueError: if the data loader gives no batch that the model takes.
     """
     kept: dict[str, list[Tensor]] = {ffn.name: [] for ffn in side.ffns}
-    sentences: list[Batch] = []
+    sequences: list[Batch] = []
     with ExitStack() as stack, torch.no_grad():
         current: dict[str, Any] = {}
         for ffn in side.ffns:
             handle = ffn.projections[0].register_forward_pre_hook(
-                _keeper(kept[ffn.name], current, side.decodes and "decoder" in ffn.name.split("."))
+                _keeper(kept[ffn.name], current, side.is_encoder_decoder and "decoder" in ffn.name.split("."))
             )
             stack.callback(handle.remove)
         for batch in dataloader:
             current.clear()
             current.update(batch)
             side({key: value for key, value in batch.items() if key != "labels" or _needs_labels(side, batch)})
-            sentences += islice(single_sentences(batch), FISHER_SENTENCES - len(sentences))
+            sequences += islice(single_sequences(batch), METRIC_SEQUENCES - len(sequences))
             if min(sum(map(len, found)) for found in kept.values()) >= tokens:
                 break
     if not all(kept.values()):
         raise ValueError("The dataloader yields no batch: give one that can be iterated anew, with at least one batch.")
-    return {name: torch.cat(found)[:tokens] for name, found in kept.items()}, sentences
+    return {name: torch.cat(found)[:tokens] for name, found in kept.items()}, sequences
 
 
-def _needs_labels(side: Side, batch: Batch) -> bool:
+def _needs_labels(side: Network, batch: Batch) -> bool:
     """Whether an encoder-decoder makes its decoder's inputs from the labels."""
-    return side.decodes and "decoder_input_ids" not in batch
+    return side.is_encoder_decoder and "decoder_input_ids" not in batch
 
 
 def _keeper(kept: list[Tensor], batch: Batch, decoder: bool) -> Callable[[nn.Module, tuple[Any, ...]], None]:

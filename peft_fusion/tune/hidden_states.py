@@ -10,8 +10,8 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from ..fidelity.outputs import padding_mask
-from ..fidelity.pair import Batch, Side, active_narrow, fusion_layers
+from ..observe.batches import padding_mask
+from ..observe.networks import Batch, Network, active_narrow, fusion_layers
 from ..progress import progress
 from .ffn_outputs import _needs_labels
 
@@ -19,8 +19,8 @@ SIDES = (("hidden_states", False), ("encoder_hidden_states", False), ("decoder_h
 
 
 def tune_hidden_states(
-    original: Side,
-    fused: Side,
+    original: Network,
+    fused: Network,
     dataloader: Iterable[Batch],
     learning_rate: float,
     steps: int | None,
@@ -47,7 +47,7 @@ def tune_hidden_states(
 
 
 def _step(
-    fused: Side,
+    fused: Network,
     batch: Batch,
     expected: list[tuple[Tensor, bool]],
     parameters: list[nn.Parameter],

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from ..ffn import FFN, run_ffn
-from ..fidelity.pair import active_narrow
-from ..layer import FusionLayer
+from ..observe.networks import active_narrow
+from ..tuner.layer import FusionLayer
 
 BATCH_TOKENS = 1024
 CHECKS = 10  # how often the held-out error is looked at

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 from architectures import BY_NAME
+from helpers import half, logits
 from peft import PeftModel, get_peft_model
-from test_lifecycle import half, logits
 
 LLAMA = BY_NAME["llama"]
 CASES = [

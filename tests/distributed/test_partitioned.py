@@ -8,8 +8,8 @@ from contextlib import contextmanager
 import pytest
 import torch
 from architectures import BY_NAME
+from helpers import half, logits
 from peft import get_peft_model
-from test_lifecycle import half, logits
 from torch import nn
 
 from peft_fusion.ffn import find_ffns

@@ -10,9 +10,9 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from architectures import BY_NAME
+from helpers import half
 from peft import get_peft_model
 from peft.utils.other import fsdp_auto_wrap_policy
-from test_lifecycle import half
 from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard

@@ -38,9 +38,9 @@ def test_reading_copies_nothing_and_writing_inverts_it(architecture):
 
 
 def test_activations_degree_of_homogeneity():
-    assert find_ffns(BY_NAME["opt"].make())[0].degree == 1
-    assert find_ffns(BY_NAME["t5"].make())[0].degree == 1
-    assert find_ffns(BY_NAME["gpt2"].make())[0].degree is None
+    assert find_ffns(BY_NAME["opt"].make())[0].homogeneity == 1
+    assert find_ffns(BY_NAME["t5"].make())[0].homogeneity == 1
+    assert find_ffns(BY_NAME["gpt2"].make())[0].homogeneity is None
 
 
 class Odd(nn.Module):

@@ -16,8 +16,8 @@ from peft_fusion.fusing.kernels import FLATTENING, metric_root, ntk_kernel, outp
 from peft_fusion.fusing.neurons import eliminate, most_salient_of_each
 from peft_fusion.fusing.refit import moments_of_kept, moments_of_sample, refit
 from peft_fusion.fusing.rows import select_rows
+from peft_fusion.fusing.scales import match_tangent_kernel
 from peft_fusion.fusing.statistics import FFNStatistics
-from peft_fusion.fusing.tangent import match_tangent_kernel
 from peft_fusion.fusing.weights import FFNWeights, NarrowFFN
 
 DIM, WIDTH = 6, 16
@@ -59,8 +59,8 @@ def rescaled(weights: FFNWeights, factor: Tensor) -> FFNWeights:
     return FFNWeights(ins, weights.in_biases, weights.out_weight / factor.unsqueeze(1), weights.out_bias)
 
 
-@pytest.mark.parametrize("gated, activation, degree", [(True, silu, None), (False, relu, 1)])
-def test_kernels_do_not_see_a_rescaling_that_leaves_the_function(gated, activation, degree):
+@pytest.mark.parametrize("gated, activation, homogeneity", [(True, silu, None), (False, relu, 1)])
+def test_kernels_do_not_see_a_rescaling_that_leaves_the_function(gated, activation, homogeneity):
     weights, x = make(gated), draw(300, DIM, seed=5)
     factor = draw(WIDTH, seed=6).abs() + 0.5
     factor = torch.where(draw(WIDTH, seed=7) < 0, -factor, factor) if gated else factor
@@ -70,9 +70,9 @@ def test_kernels_do_not_see_a_rescaling_that_leaves_the_function(gated, activati
         moment = hidden.T @ hidden / len(x)
         kernels.append(
             (
-                weight_kernel(version, degree),
+                weight_kernel(version, homogeneity),
                 output_kernel(version.out_weight, moment),
-                ntk_kernel(version, moment, x, activation, degree),
+                ntk_kernel(version, moment, x, activation, homogeneity),
             )
         )
     for one, other in zip(*kernels, strict=True):

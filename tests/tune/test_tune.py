@@ -7,13 +7,13 @@ import warnings
 import pytest
 import torch
 from architectures import ARCHITECTURES, BY_NAME
+from helpers import logits
 from peft import get_peft_model
-from test_lifecycle import logits
 
 from peft_fusion import FusionConfig, fuse
-from peft_fusion.fidelity.pair import pair
+from peft_fusion.observe.networks import pair
 from peft_fusion.tune import tune_layers
-from peft_fusion.tune.ffn_outputs import FISHER_SENTENCES
+from peft_fusion.tune.ffn_outputs import METRIC_SEQUENCES
 from peft_fusion.tune.hidden_states import _hidden_states, hidden_state_error
 
 
@@ -104,7 +104,7 @@ def test_the_metric_is_of_enough_sentences_and_no_more(monkeypatch):
     llama = BY_NAME["llama"]
     fused = get_peft_model(llama.make(), FusionConfig(ratio=0.5))
     tune_layers(fused, batches(llama) * 100, steps=2)
-    assert taken == [FISHER_SENTENCES]
+    assert taken == [METRIC_SEQUENCES]
 
 
 def test_a_hopeless_learning_rate_changes_nothing():

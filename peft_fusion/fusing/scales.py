@@ -1,0 +1,109 @@
+"""The standalone scales that give a narrow FFN the original's tangent kernel under Adam.
+
+With the function fixed, the weights can be held smaller and multiplied by fixed scales in the forward pass: s after
+the activation, t_k behind in-projection k. Adam moves every weight by about the learning rate, so the weights'
+part of the kernel <grad f, sign grad f> grows by that scale. With d_t the gradient that comes back to the FFN's output
+at token t of a sequence,
+
+    out-weights:   the gradient is  sum_t h_it d_t
+    in-weights k:  the gradient is  sum_t h'_kit <w2_i, d_t> [x_t | 1]
+
+Where calibration took gradients, the kernels of both FFNs are formed, and each scale is the least-squares factor from
+the narrow one's to the original's. Where there are none, only the gradients' L1 norms are matched: over the tokens
+the d differ in sign, so |h_i| adds up like its root mean square, and for a d of no preferred direction
+|<w2_i, d>| is proportional to |w2_i|.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .activations import Activation, look_by_parts
+from .gradient_kernels import TokenGradients, adam_kernels
+from .weights import FFNWeights, NarrowFFN
+
+SEQUENCES = 64
+"""The kernel over so many sequences is matched, as far as fewer can tell; of more, the diagonal hardly counts."""
+
+MOST = 4.0
+"""How far, as a factor, a scale fitted to few sequences may be from the one of the L1 norms."""
+
+
+@dataclass(frozen=True)
+class Tangents:
+    """What the scales are fitted to.
+
+    Args:
+        kernels: the original's Adam kernels, of each in-projection and of the out-projection.
+        tokens: what the FFN would get if every FFN were narrow.
+    """
+
+    kernels: tuple[Tensor, ...]
+    tokens: TokenGradients
+
+
+def match_tangent_kernel(
+    original: FFNWeights,
+    narrow: FFNWeights,
+    activation: Activation,
+    inputs: Tensor,
+    tangents: Tangents | None = None,
+) -> NarrowFFN:
+    """Splits the weights of a narrow FFN into smaller ones and fixed scales, the function unchanged.
+
+    Args:
+        original: the original FFN's weights.
+        narrow: the narrow FFN's, of the same function as the result.
+        activation: the activation function.
+        inputs: tensor of shape (tokens, in_dim) from calibration.
+        tangents: the original's kernels, from calibration; None: match the L1 norms.
+
+    Returns:
+        The narrow FFN with its scales, in the dtype of `narrow`.
+    """
+    wide_sizes, narrow_sizes = _sizes(original, activation, inputs), _sizes(narrow, activation, inputs)
+    scales = [wide / max(small, 1e-30) for wide, small in zip(wide_sizes, narrow_sizes, strict=True)]
+    scales = [scale if scale > 0 else 1.0 for scale in scales]
+    if tangents is not None:
+        kernels = adam_kernels(narrow, activation, tangents.tokens)
+        fits = [_factor(wide, small) for wide, small in zip(tangents.kernels, kernels, strict=True)]
+        scales = [_near(fit, scale) for fit, scale in zip(fits, scales, strict=True)]
+    *ins, out = scales
+    weights = FFNWeights(
+        tuple(w / t for w, t in zip(narrow.in_weights, ins, strict=True)),
+        tuple(None if b is None else b / t for b, t in zip(narrow.in_biases, ins, strict=True)),
+        narrow.out_weight / out,
+        narrow.out_bias,
+    )
+    ones = narrow.out_weight.new_ones(narrow.width).float()
+    return NarrowFFN(weights, ones * out, tuple(ones * t for t in ins))
+
+
+def _factor(wide: Tensor, small: Tensor) -> float:
+    """The least-squares factor from one kernel to another, NaN if there is none.
+
+    The diagonal weighs as little as it does among more sequences: training sees many, and their kernel is almost
+    all off its diagonal.
+    """
+    small, n = small.to(wide.device), len(wide)
+    weight = torch.ones_like(wide).fill_diagonal_(min(1.0, (n - 1) / (SEQUENCES - 1))) * small
+    return float((weight * wide).sum(dtype=torch.float64) / (weight * small).sum(dtype=torch.float64))
+
+
+def _near(fit: float, scale: float) -> float:
+    """A fitted scale, if it is a number, held near one that needs no fit."""
+    return min(max(fit, scale / MOST), scale * MOST) if fit == fit else scale
+
+
+def _sizes(weights: FFNWeights, activation: Activation, inputs: Tensor) -> list[float]:
+    """The L1 norms of the gradients, up to factors that all FFNs of these inputs share: in-projections, then out."""
+    norms = weights.out_weight.float().norm(dim=1)
+    powers = [torch.zeros_like(norms) for _ in range(len(weights.in_weights) + 1)]
+    for inside in look_by_parts(weights, activation, inputs):
+        for power, values in zip(powers, (*inside.slopes, inside.hidden), strict=True):
+            power += values.square().sum(0)
+    *slopes, hidden = [(power / max(len(inputs), 1)).sqrt() for power in powers]
+    return [*(float((slope * norms).sum()) for slope in slopes), float(hidden.sum())]

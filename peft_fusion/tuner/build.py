@@ -1,0 +1,158 @@
+"""Makes the narrow projections of planned FFNs: fused from the original weights, random, or empty to load into."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from ..ffn import blank_like, check_finite, find_activation, projection_tensors, read_ffn
+from ..fusing.calibrated import fuse_calibrated
+from ..fusing.methods import narrow_by
+from ..fusing.methods.svd import rank_factors
+from ..fusing.rows import balance
+from ..fusing.weights import FFNWeights, NarrowFFN
+from ..progress import progress
+from .calibration import Calibration
+from .config import FusionConfig
+from .narrow import LowRankProjection, NarrowInProjection, NarrowOutProjection, NarrowProjection
+from .plan import PlannedFFN
+from .recipe import Recipe
+
+
+def fused_projections(
+    plan: Sequence[PlannedFFN], config: FusionConfig, recipe: Recipe, calibration: Calibration | None
+) -> list[list[NarrowProjection]]:
+    """The narrow projections of every planned FFN, made from the weights that the model holds.
+
+    Args:
+        plan: what to fuse, and to what width.
+        config: the settings of the clustering.
+        recipe: how.
+        calibration: statistics for each planned FFN, if the recipe needs them.
+
+    Returns:
+        For each planned FFN its projections, the out-projection last.
+
+    Raises:
+        ValueError: if weights cannot be read, or hold NaN or infinite values.
+    """
+    for planned in plan:
+        check_finite(read_ffn(planned.ffn), planned.ffn)
+    result = []
+    for planned in progress(plan, "Fusing FFNs"):
+        weights = read_ffn(planned.ffn)  # one at a time: what is quantised or partitioned is whole while it is read
+        if recipe.method == "svd":
+            result.append(_low_rank(weights, planned))
+        else:
+            narrow = _narrow_ffn(weights, planned, config, recipe, calibration)
+            result.append(_projections(narrow, planned, recipe))
+    return result
+
+
+def random_projections(planned: PlannedFFN, recipe: Recipe) -> list[NarrowProjection]:
+    """Narrow projections of random weights."""
+    return _made_of(planned, recipe, lambda shape: torch.randn(shape) * 0.02)
+
+
+def empty_projections(planned: PlannedFFN, recipe: Recipe) -> list[NarrowProjection]:
+    """Narrow projections to load weights into; NaN, so that weights that never came cannot go unnoticed."""
+    return _made_of(planned, recipe, lambda shape: torch.full(shape, torch.nan))
+
+
+def _narrow_ffn(
+    weights: FFNWeights, planned: PlannedFFN, config: FusionConfig, recipe: Recipe, calibration: Calibration | None
+) -> NarrowFFN:
+    """One narrow FFN by the recipe."""
+    if recipe.calibration and calibration is not None and planned.width < planned.ffn.width:
+        return fuse_calibrated(
+            weights,
+            planned.width,
+            calibration.take(planned.ffn.name),
+            find_activation(planned.ffn),
+            method=recipe.method,
+            kernel=recipe.kernel,
+            representative=recipe.representative,
+            refit=recipe.refit,
+            scale=recipe.scale,
+            homogeneity=planned.ffn.homogeneity,
+            n_init=config.n_init,
+            max_iter=config.max_iter,
+            seed=config.seed,
+        )
+    return narrow_by(
+        recipe.method,
+        weights,
+        planned.width,
+        homogeneity=planned.ffn.homogeneity,
+        n_init=config.n_init,
+        max_iter=config.max_iter,
+        seed=config.seed,
+        keep=config.keep_neurons,
+    )
+
+
+def _projections(narrow: NarrowFFN, planned: PlannedFFN, recipe: Recipe) -> list[NarrowProjection]:
+    """Narrow weights as the modules that hold them, each in the dtype and on the device of its original."""
+    weights = narrow.folded() if recipe.scale == "none" else narrow.weights
+    tensors = projection_tensors(weights, planned.ffn.layout)
+    scales = _scales(narrow, planned, recipe)
+    made: list[NarrowProjection] = []
+    for (weight, bias), scale, module in zip(tensors, scales, planned.ffn.base_projections, strict=True):
+        like = blank_like(module)
+        kind = NarrowOutProjection if len(made) == len(tensors) - 1 else NarrowInProjection
+        own_bias = None if bias is None else bias.to(like, copy=True)
+        own_scale = None if scale is None else scale.to(like.device, torch.float32)
+        made.append(kind(weight.to(like, copy=True).contiguous(), own_bias, own_scale))
+    return made
+
+
+def _scales(narrow: NarrowFFN, planned: PlannedFFN, recipe: Recipe) -> list[Tensor | None]:
+    """The scale that each projection applies, the out-projection's last."""
+    if recipe.scale == "none":
+        return [None] * len(planned.ffn.projections)
+    ins: list[Tensor | None] = [None] * len(narrow.weights.in_weights)
+    if recipe.scale == "ntk":
+        ones = torch.ones_like(narrow.scale)
+        ins = list(narrow.in_scales or [ones] * len(ins))
+    if planned.ffn.layout.stacked:
+        stacked = [scale for scale in ins if scale is not None]
+        ins = [torch.cat(stacked) if stacked else None]
+    return [*ins, narrow.scale]
+
+
+def _low_rank(weights: FFNWeights, planned: PlannedFFN) -> list[NarrowProjection]:
+    """Every projection as the product of two thin matrices, at full width."""
+    tensors = projection_tensors(balance(weights, planned.ffn.homogeneity), planned.ffn.layout)
+    made: list[NarrowProjection] = []
+    for (weight, bias), module, name in zip(
+        tensors, planned.ffn.base_projections, planned.ffn.projection_names, strict=True
+    ):
+        left, right = rank_factors(weight, planned.rank(name))
+        like = blank_like(module)
+        own_bias = None if bias is None else bias.to(like, copy=True)
+        made.append(LowRankProjection(left.to(like).contiguous(), right.to(like).contiguous(), own_bias))
+    return made
+
+
+def _made_of(planned: PlannedFFN, recipe: Recipe, make: Callable[[tuple[int, ...]], Tensor]) -> list[NarrowProjection]:
+    """The projections of a planned FFN with made-up weights, and scales of one."""
+    shapes = planned.shapes(recipe)
+    projections: list[NarrowProjection] = []
+    for name, module in zip(planned.ffn.projection_names, planned.ffn.base_projections, strict=True):
+        like = blank_like(module)
+        own = {
+            kind: make(shapes[f"{name}.{kind}"]).to(like.device, like.dtype)
+            for kind in ("weight", "weight_in", "bias")
+            if f"{name}.{kind}" in shapes
+        }
+        scale = shapes.get(f"{name}.scale")
+        ones = None if scale is None else torch.ones(scale, device=like.device)
+        if recipe.method == "svd":
+            projections.append(LowRankProjection(own["weight"], own["weight_in"], own.get("bias")))
+        elif name == planned.ffn.projection_names[-1]:
+            projections.append(NarrowOutProjection(own["weight"], own.get("bias"), ones))
+        else:
+            projections.append(NarrowInProjection(own["weight"], own.get("bias"), ones))
+    return projections

@@ -1,0 +1,204 @@
+"""`FusionModel`, the tuner: it plans, has the narrow weights made, and puts the layers in place."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from peft import PeftConfig
+from peft.tuners.tuners_utils import BaseTuner, _ExcludedModule
+from torch import Tensor, nn
+
+from .build import empty_projections, fused_projections, random_projections
+from .calibration import calibration_for, drop_calibration
+from .checkpoint import check_checkpoint, narrow_state_dict
+from .config import FusionConfig
+from .guarded import GuardedTuner, check_adapter_name
+from .layer import FusionLayer
+from .narrow import NarrowProjection
+from .plan import PlannedFFN, plan_ffns
+from .recipe import settle
+from .registration import forget_refused_adapter
+
+
+class FusionModel(GuardedTuner):
+    """Replaces the FFNs of a model by narrow ones, whose neurons are clusters of the original neurons.
+
+    Everything that can be refused is refused, and all narrow weights are made, before the first module of the
+    model is replaced: a call that fails leaves the model as it was.
+
+    Args:
+        model: the model whose FFNs are fused, in place.
+        peft_config: the configuration, or adapter name -> configuration.
+        adapter_name: the adapter's name.
+
+    Raises:
+        ValueError: if the model already has an adapter of that name, or the configuration does not fit it.
+    """
+
+    prefix: str = "mlp_fusion_"
+    tuner_layer_cls = FusionLayer
+    target_module_mapping: dict[str, list[str]] = {}
+
+    def __init__(
+        self,
+        model: nn.Module,
+        peft_config: PeftConfig | dict[str, PeftConfig],
+        adapter_name: str,
+        low_cpu_mem_usage: bool = False,
+        state_dict: dict[str, Tensor] | None = None,
+    ) -> None:
+        try:
+            super().__init__(
+                model, peft_config, adapter_name, low_cpu_mem_usage=low_cpu_mem_usage, state_dict=state_dict
+            )
+        except Exception:
+            forget_refused_adapter(model)
+            raise
+
+    @classmethod
+    def over(cls, tuner: BaseTuner) -> FusionModel:
+        """A fusion tuner for the model, the configurations and the active adapters of another tuner."""
+        fusion = cls.__new__(cls)
+        nn.Module.__init__(fusion)
+        fusion.model, fusion.peft_config = tuner.model, tuner.peft_config
+        fusion.active_adapter = tuner.active_adapter
+        fusion.targeted_module_names, fusion.targeted_parameter_names = [], []
+        return fusion
+
+    def inject_adapter(
+        self,
+        model: nn.Module,
+        adapter_name: str,
+        autocast_adapter_dtype: bool = True,
+        low_cpu_mem_usage: bool = False,
+        state_dict: dict[str, Tensor] | None = None,
+    ) -> None:
+        """Plans, makes the narrow weights and only then changes the model; see `BaseTuner.inject_adapter`."""
+        check_adapter_name(adapter_name)
+        self._state_dict = state_dict
+        self._weights_follow = low_cpu_mem_usage or nn.Linear(1, 1).weight.is_meta
+        self._projections: dict[str, tuple[NarrowProjection, PlannedFFN]] = {}
+        try:
+            super().inject_adapter(
+                model,
+                adapter_name,
+                autocast_adapter_dtype=autocast_adapter_dtype,
+                low_cpu_mem_usage=low_cpu_mem_usage,
+                state_dict=state_dict,
+            )
+        finally:
+            self._projections, self._state_dict = {}, None
+        base_weights = self.peft_config[adapter_name].base_weights
+        if base_weights != "keep":
+            for layer in self._fusion_layers():
+                if adapter_name in layer.mlp_fusion_narrow:
+                    layer.set_aside(keep=base_weights == "offload")
+
+    def unload(self) -> nn.Module:
+        """Gives the original model back; see `BaseTuner.unload`.
+
+        Raises:
+            RuntimeError: if the original weights were dropped.
+        """
+        self._require_originals()
+        return super().unload()
+
+    def _unload_and_optionally_merge(
+        self,
+        merge: bool = True,
+        progressbar: bool = False,
+        safe_merge: bool = False,
+        adapter_names: list[str] | None = None,
+    ) -> nn.Module:
+        if merge:
+            self._check_merge(safe_merge, adapter_names)
+        return super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
+
+    @classmethod
+    def _get_adapter_state_dict(
+        cls,
+        model: nn.Module,
+        config: PeftConfig,
+        adapter_name: str,
+        state_dict: dict[str, Tensor],
+        unwanted_adapter_names: list[str],
+    ) -> dict[str, Tensor]:
+        """Selects by structure; PEFT has dropped by name, so that an adapter called "mlp" hides another's tensors."""
+        return narrow_state_dict(model, adapter_name, state_dict)
+
+    def _prepare_adapter_config(self, peft_config: PeftConfig, model_config: dict) -> PeftConfig:
+        """`target_modules=None` stays: it means every FFN that is found."""
+        return peft_config
+
+    def _prepare_model(self, peft_config: FusionConfig, model: nn.Module) -> None:
+        """Makes every narrow projection of the adapter; nothing in the model has been changed up to here."""
+        plan = plan_ffns(model, peft_config, self._state_dict)
+        loads = peft_config.fused or self._weights_follow or self._state_dict is not None
+        calibration = None if loads else calibration_for(model, plan)
+        source, gradients = (calibration.source, calibration.has_gradients) if calibration else ("", False)
+        recipe = settle(peft_config, source, gradients)
+        check_checkpoint(model, peft_config, plan, recipe)
+        if loads:
+            ffns = [empty_projections(planned, recipe) for planned in plan]
+        elif not peft_config.init_weights:
+            ffns = [random_projections(planned, recipe) for planned in plan]
+        else:
+            ffns = fused_projections(plan, peft_config, recipe, calibration)
+            drop_calibration(model)
+        for planned, projections in zip(plan, ffns, strict=True):
+            for name, projection in zip(planned.ffn.projection_names, projections, strict=True):
+                self._projections[name] = (projection, planned)
+        peft_config.fused_widths = {p.ffn.name: [p.ffn.width, p.width] for p in plan}
+        peft_config.fused_by = recipe.to_dict()
+
+    def _check_target_module_exists(self, peft_config: PeftConfig, key: str) -> bool | _ExcludedModule:
+        if key not in self._projections and peft_config.exclude_modules:
+            return _ExcludedModule()  # else PEFT warns that nothing was excluded
+        return key in self._projections
+
+    def _create_and_replace(
+        self,
+        peft_config: PeftConfig,
+        adapter_name: str,
+        target: nn.Module,
+        target_name: str,
+        parent: nn.Module,
+        current_key: str,
+        parameter_name: str | None = None,
+    ) -> None:
+        projection, planned = self._projections[current_key]
+        is_out = current_key == planned.ffn.projection_names[-1]
+        if nn.Linear(1, 1).weight.is_meta:
+            projection.to("meta")
+        layer = target if isinstance(target, FusionLayer) else FusionLayer(target, getattr(self.model, "dtype", None))
+        layer.add_narrow(adapter_name, projection, planned.config_width if is_out else None)
+        if layer is not target:
+            self._replace_module(parent, target_name, layer, target)
+
+    def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
+        """The narrow projections are made on the right device, and a plain module needs nothing of the old one."""
+        setattr(parent, child_name, new_module)
+
+
+def fuse(model: nn.Module, config: FusionConfig) -> nn.Module:
+    """Compresses a model in place to plain narrow modules, with no adapter left.
+
+    What may train afterwards is what could before; then any PEFT method, LoRA on the FFNs included, applies to
+    the narrow model as to any other.
+
+    Args:
+        model: the model, without adapters.
+        config: what to fuse and how.
+
+    Returns:
+        The same model, its FFNs narrow and its config's width set.
+
+    Raises:
+        ValueError: if the configuration does not fit the model, which then is unchanged.
+    """
+    trainable: Mapping[str, bool] = {name: p.requires_grad for name, p in model.named_parameters()}
+    tuner = FusionModel(model, config, "fused")
+    merged: nn.Module = tuner.merge_and_unload()
+    for name, parameter in merged.named_parameters():
+        parameter.requires_grad_(trainable.get(name, True))
+    return merged

@@ -1,0 +1,115 @@
+"""The narrow projections that an adapter trains, and the plain ones that they are merged to."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from ..ffn import blank_like, is_quantised
+
+
+class NarrowProjection(nn.Module):
+    """One projection of a narrow FFN: trainable weights and, where there is one, a fixed scale of the neurons.
+
+    It is a leaf that owns its scale, so that FSDP may shard it on its own, and it is not an `nn.Linear`, so that
+    LoRA's "all-linear" leaves it alone.
+
+    Args:
+        weight: tensor of shape (out_features, in_features).
+        bias: tensor of shape (out_features,), or None.
+        scale: tensor of shape (neurons,), or None for 1.
+    """
+
+    bias: nn.Parameter | None
+    scale: Tensor | None
+
+    def __init__(self, weight: Tensor, bias: Tensor | None, scale: Tensor | None) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(weight)
+        self.register_parameter("bias", None if bias is None else nn.Parameter(bias))
+        self.register_buffer("scale", scale)
+
+    def linear(self, x: Tensor) -> Tensor:
+        """The linear map in the input's dtype: full-precision weights of a half-precision model stay masters."""
+        bias = None if self.bias is None else self.bias.to(x.dtype)
+        return F.linear(x, self.weight.to(x.dtype), bias)
+
+    def folded(self) -> tuple[Tensor, Tensor | None]:
+        """Weight and bias of the plain projection with the same output, the scale multiplied in."""
+        raise NotImplementedError
+
+
+class NarrowInProjection(NarrowProjection):
+    """In-projection of a narrow FFN; its scale multiplies what it puts out, neuron by neuron."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Maps (..., in_features) to (..., neurons)."""
+        out = self.linear(x)
+        return out if self.scale is None else (out * self.scale).to(x.dtype)
+
+    def folded(self) -> tuple[Tensor, Tensor | None]:
+        if self.scale is None:
+            return self.weight, self.bias
+        return self.weight * self.scale.unsqueeze(1), None if self.bias is None else self.bias * self.scale
+
+
+class NarrowOutProjection(NarrowProjection):
+    """Out-projection of a narrow FFN; its scale is the paper's P and multiplies the hidden activations."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Maps (..., neurons) to (..., out_features)."""
+        return self.linear(x if self.scale is None else (x * self.scale).to(x.dtype))
+
+    def folded(self) -> tuple[Tensor, Tensor | None]:
+        return (self.weight if self.scale is None else self.weight * self.scale), self.bias
+
+
+class LowRankProjection(NarrowProjection):
+    """A projection as the product of two thin matrices (the baseline "svd").
+
+    Args:
+        weight: tensor of shape (out_features, rank).
+        weight_in: tensor of shape (rank, in_features).
+        bias: tensor of shape (out_features,), or None.
+    """
+
+    def __init__(self, weight: Tensor, weight_in: Tensor, bias: Tensor | None) -> None:
+        super().__init__(weight, bias, None)
+        self.weight_in = nn.Parameter(weight_in)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Maps (..., in_features) to (..., out_features)."""
+        return self.linear(F.linear(x, self.weight_in.to(x.dtype)))
+
+    def folded(self) -> tuple[Tensor, Tensor | None]:
+        return self.weight @ self.weight_in, self.bias
+
+
+def plain_projection(
+    original: nn.Module, weight: Tensor, bias: Tensor | None, dtype: torch.dtype | None = None
+) -> nn.Module:
+    """A plain linear module of the kind, dtype and device of another, with other weights.
+
+    Args:
+        original: an `nn.Linear` (or a subclass without state of its own) or a `Conv1D`.
+        weight: tensor of shape (out_features, in_features).
+        bias: tensor of shape (out_features,), or None.
+        dtype: the model's, which a quantised original does not tell; the result is a plain `nn.Linear` then.
+    """
+    out_features, in_features = weight.shape
+    like, trains = blank_like(original), next(original.parameters()).requires_grad
+    module: nn.Module
+    if isinstance(original, Conv1D):
+        module, weight = Conv1D(out_features, in_features), weight.T.contiguous()
+    else:
+        kind = nn.Linear if is_quantised(original) else type(original)
+        module = linear = kind.__new__(kind)
+        nn.Linear.__init__(linear, in_features, out_features, bias is not None, device="meta")  # type: ignore[arg-type]
+    if dtype is not None and is_quantised(original):
+        like = like.to(dtype)
+    module.weight = nn.Parameter(weight.to(like, copy=True), requires_grad=trains)
+    if bias is not None:
+        module.bias = nn.Parameter(bias.to(like, copy=True), requires_grad=trains)
+    return module.train(original.training)

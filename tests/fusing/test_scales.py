@@ -1,0 +1,150 @@
+"""The scales that match tangent kernels: the kernels against autograd, the fit, what happens where it cannot be."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from test_calibrated import DIM, WIDTH, draw, gather, make, outputs, plain
+from torch import Tensor
+from torch.nn.functional import gelu, silu
+
+from peft_fusion.fusing import gradient_kernels
+from peft_fusion.fusing.activations import look_inside
+from peft_fusion.fusing.calibrated import fuse_calibrated
+from peft_fusion.fusing.gradient_kernels import TokenGradients, adam_kernels
+from peft_fusion.fusing.kernels import FLATTENING
+from peft_fusion.fusing.rows import select_rows
+from peft_fusion.fusing.scales import MOST, SEQUENCES, Tangents, match_tangent_kernel
+from peft_fusion.fusing.stand_in import STRENGTH, stand_in
+from peft_fusion.fusing.weights import FFNWeights
+
+COUNTS = (5, 0, 9, 7, 3)
+KINDS = [(False, gelu, True), (True, silu, False), (True, silu, True)]
+
+
+def sample(seed: int = 50) -> TokenGradients:
+    tokens = sum(COUNTS)
+    return TokenGradients(draw(tokens, DIM, seed=seed), draw(tokens, DIM, seed=seed + 1), COUNTS)
+
+
+def by_autograd(weights: FFNWeights, activation, tokens: TokenGradients) -> list[Tensor]:
+    """<g_n, sign g_m> of every projection, from the FFN written out."""
+    ins = [w.clone().requires_grad_() for w in weights.in_weights]
+    biases = [None if b is None else b.clone().requires_grad_() for b in weights.in_biases]
+    out = weights.out_weight.clone().requires_grad_()
+    copy = FFNWeights(tuple(ins), tuple(biases), out, weights.out_bias)
+    groups = [[w, b] if b is not None else [w] for w, b in zip(ins, biases, strict=True)] + [[out]]
+    gradients: list[list[Tensor]] = [[] for _ in groups]
+    for x, d in zip(tokens.inputs.split(COUNTS), tokens.gradients.split(COUNTS), strict=True):
+        value = (outputs(plain(copy), activation, x) * d).sum()
+        for group, found in zip(groups, gradients, strict=True):
+            found.append(torch.cat([g.flatten() for g in torch.autograd.grad(value, group, retain_graph=True)]))
+    return [torch.stack(found) @ torch.stack(found).sign().T for found in gradients]
+
+
+@pytest.mark.parametrize(("gated", "activation", "bias"), KINDS)
+@pytest.mark.parametrize("memory", [1, 2**26])
+def test_kernels_are_those_of_autograd(gated, activation, bias, memory, monkeypatch):
+    monkeypatch.setattr(gradient_kernels, "BLOCK_MEMORY", memory)
+    weights, tokens = make(gated, bias), sample()
+    for kernel, expected in zip(
+        adam_kernels(weights, activation, tokens), by_autograd(weights, activation, tokens), strict=True
+    ):
+        torch.testing.assert_close(kernel, expected.double(), rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize(("gated", "activation", "bias"), KINDS)
+def test_a_scale_multiplies_its_part_of_the_kernel_and_leaves_the_function(gated, activation, bias):
+    weights, tokens = make(gated, bias), sample()
+    kept = 12
+    narrow, x = select_rows(weights, torch.arange(kept)), draw(50, DIM, seed=9)
+    tangents = Tangents(adam_kernels(weights, activation, tokens), tokens)
+    matched = match_tangent_kernel(weights, narrow, activation, x, tangents)
+    torch.testing.assert_close(
+        outputs(matched, activation, x), outputs(plain(narrow), activation, x), rtol=1e-5, atol=1e-5
+    )
+    n = len(COUNTS)
+    weight = torch.ones(n, n).fill_diagonal_((n - 1) / (SEQUENCES - 1))
+    scales = [*matched.in_scales, matched.scale]
+    for scale, wide, small in zip(scales, tangents.kernels, adam_kernels(narrow, activation, tokens), strict=True):
+        assert torch.equal(scale, scale[:1].expand(kept))
+        residual = wide - scale[0] * small
+        size = float((weight * wide * small).sum().abs())
+        assert float((weight * residual * small).sum()) == pytest.approx(0, abs=1e-4 * size)
+
+
+def test_scales_of_duplicates_are_the_counts():
+    weights, tokens = make(True), sample()
+    blocks = [w.repeat(3, 1) for w in weights.in_weights]
+    thrice = FFNWeights(tuple(blocks), weights.in_biases, weights.out_weight.repeat(3, 1), None)
+    folded = FFNWeights(weights.in_weights, weights.in_biases, weights.out_weight * 3, None)
+    tangents = Tangents(adam_kernels(thrice, silu, tokens), tokens)
+    matched = match_tangent_kernel(thrice, folded, silu, draw(100, DIM, seed=9), tangents)
+    # The in-gradients of a neuron that puts out three times as much are three times as large.
+    torch.testing.assert_close(matched.scale, torch.full((WIDTH,), 3.0))
+    for scale in matched.in_scales:
+        torch.testing.assert_close(scale, torch.ones(WIDTH))
+
+
+def test_without_a_usable_kernel_the_norms_are_matched():
+    weights, tokens, x = make(False), sample(), draw(100, DIM, seed=9)
+    narrow = select_rows(weights, torch.arange(4))
+    expected = match_tangent_kernel(weights, narrow, gelu, x)
+    nothing = TokenGradients(tokens.inputs, torch.zeros_like(tokens.gradients), COUNTS)
+    one = TokenGradients(tokens.inputs, tokens.gradients, (sum(COUNTS),))
+    for unusable in (nothing, one):
+        tangents = Tangents(adam_kernels(weights, gelu, unusable), unusable)
+        found = match_tangent_kernel(weights, narrow, gelu, x, tangents)
+        assert torch.equal(found.scale, expected.scale) and torch.equal(found.in_scales[0], expected.in_scales[0])
+
+
+@pytest.mark.parametrize(("size", "bound"), [(1e6, MOST), (-1.0, 1 / MOST), (0.0, 1 / MOST)])
+def test_a_scale_stays_near_that_of_the_norms(size, bound):
+    weights, tokens, x = make(False), sample(), draw(100, DIM, seed=9)
+    narrow = select_rows(weights, torch.arange(4))
+    kernels = tuple(size * kernel for kernel in adam_kernels(weights, gelu, tokens))
+    found = match_tangent_kernel(weights, narrow, gelu, x, Tangents(kernels, tokens))
+    torch.testing.assert_close(found.scale, bound * match_tangent_kernel(weights, narrow, gelu, x).scale)
+
+
+def test_fusion_uses_the_kernels_that_calibration_took():
+    weights, statistics, tokens = make(False), gather(make(False), gelu), sample()
+    before = fuse_calibrated(weights, 5, statistics, gelu)
+    statistics.tangents = Tangents(tuple(2 * k for k in adam_kernels(before.folded(), gelu, tokens)), tokens)
+    after = fuse_calibrated(weights, 5, statistics, gelu)
+    torch.testing.assert_close(after.scale, torch.full((5,), 2.0), rtol=1e-4, atol=0)
+    torch.testing.assert_close(after.folded().out_weight, before.folded().out_weight)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_a_stand_in_is_the_ridge_regression_on_the_most_salient_neurons(bias):
+    weights, x = make(False, bias), draw(400, DIM, seed=40)
+    statistics = gather(weights, gelu)
+    hidden = look_inside(weights, gelu, x).hidden
+    narrow = stand_in(weights, 6, statistics)
+    saliency = hidden.square().mean(0) * weights.out_weight.square().sum(1)
+    assert narrow.kept.tolist() == sorted(saliency.topk(6).indices.tolist())
+    g, wide = hidden[:, narrow.kept], hidden @ weights.out_weight + (weights.out_bias if bias else 0)
+    torch.testing.assert_close(
+        narrow(hidden), g @ narrow.out_weight.double() + (narrow.out_bias.double() if bias else 0)
+    )
+    residual = narrow(hidden) - wide
+    if bias:
+        torch.testing.assert_close(residual.mean(0), torch.zeros(DIM).double(), rtol=0, atol=1e-5)
+        g = g - g.mean(0)
+    shrinkage = narrow.out_weight - weights.out_weight[narrow.kept]
+    slope = g.T @ residual / len(x) + STRENGTH * g.square().mean(0).unsqueeze(1) * shrinkage
+    torch.testing.assert_close(slope, torch.zeros_like(slope), rtol=0, atol=1e-4)
+
+
+def test_a_stand_in_keeps_the_neurons_that_predictions_depend_on():
+    weights, statistics = make(False), gather(make(False), gelu)
+    plain = stand_in(weights, 6, statistics)
+    direction = draw(DIM, seed=41)
+    statistics.fisher = torch.outer(direction, direction).float()
+    hidden = look_inside(weights, gelu, draw(400, DIM, seed=40)).hidden
+    seen = DIM / direction.square().sum() * (weights.out_weight @ direction).square()
+    saliency = hidden.square().mean(0) * (seen + FLATTENING * weights.out_weight.square().sum(1))
+    kept = stand_in(weights, 6, statistics).kept
+    assert kept.tolist() == sorted(saliency.topk(6).indices.tolist())
+    assert kept.tolist() != plain.kept.tolist()
