@@ -1,5 +1,6 @@
 """What an FFN is: layouts as data, finding and selecting FFNs, reading and writing their weights."""
 
+from .capture import Listener, capture, watch
 from .find import FFN, across_neurons, base_of, features, find_ffns, unreadable_projections
 from .layouts import LAYOUTS, FFNLayout, register_layout
 from .originals import offload, require_originals, restore
@@ -14,6 +15,7 @@ __all__ = [
     "LAYOUTS",
     "ConfigWidth",
     "FFNLayout",
+    "Listener",
     "Selection",
     "across_neurons",
     "base_of",
@@ -26,6 +28,7 @@ __all__ = [
     "find_ffns",
     "is_quantised",
     "blank_like",
+    "capture",
     "projection_tensors",
     "read_ffn",
     "register_layout",
@@ -35,4 +38,5 @@ __all__ = [
     "offload",
     "target_widths",
     "unreadable_projections",
+    "watch",
 ]
