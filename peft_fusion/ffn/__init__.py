@@ -3,7 +3,7 @@
 from .capture import Listener, capture, watch
 from .find import FFN, across_neurons, base_of, features, find_ffns, unreadable_projections
 from .layouts import LAYOUTS, FFNLayout, register_layout
-from .originals import offload, require_originals, restore
+from .originals import is_away, offload, require_originals, restore
 from .run import find_activation, run_ffn
 from .select import Selection, select_ffns, target_widths
 from .storage import blank_like, check_can_leave, is_quantised
@@ -26,6 +26,7 @@ __all__ = [
     "features",
     "find_activation",
     "find_ffns",
+    "is_away",
     "is_quantised",
     "blank_like",
     "capture",

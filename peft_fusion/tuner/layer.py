@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import Tensor, nn
 
-from ..ffn import ConfigWidth, is_quantised, offload, require_originals, restore
+from ..ffn import ConfigWidth, is_away, is_quantised, offload, require_originals, restore
 from .narrow import NarrowInProjection as NarrowInProjection
 from .narrow import NarrowOutProjection as NarrowOutProjection
 from .narrow import NarrowProjection, plain_projection
@@ -39,6 +40,7 @@ class FusionLayer(nn.Module, BaseTunerLayer):
         self._disable_adapters = False
         self._wide: list[nn.Module] = []  # the original while merged; in a list, for it is not a submodule
         self._offloads = False
+        self._shown: bool | None = None  # see `showing`
 
     def add_narrow(self, adapter_name: str, narrow: NarrowProjection, width: ConfigWidth | None) -> None:
         """Adds an adapter's version of this projection.
@@ -137,10 +139,15 @@ class FusionLayer(nn.Module, BaseTunerLayer):
         """Puts the original projection back."""
         if not self.merged:
             return
-        narrow, self.base_layer = self.base_layer, self._wide.pop()
-        now = next(narrow.parameters())  # where and in what precision the model is by now
-        self.base_layer.to(now.device, None if is_quantised(self.base_layer) else now.dtype)
+        self.follow()
+        self.base_layer = self._wide.pop()
         self.merged_adapters.clear()
+
+    def follow(self) -> None:
+        """Takes an original that is set aside to where, and into the precision in which, the model is by now."""
+        if self.merged:
+            now, wide = next(self.base_layer.parameters()), self._wide[-1]
+            wide.to(now.device, None if is_quantised(wide) else now.dtype)
 
     def unload_and_optionally_merge_module(
         self, merge: bool, safe_merge: bool, adapter_names: list[str] | None
@@ -162,14 +169,24 @@ class FusionLayer(nn.Module, BaseTunerLayer):
                 self.config_widths[name].apply()
         return self.base_layer
 
+    @property
+    def active_narrow(self) -> NarrowProjection | None:
+        """The narrow projection of the active adapter, whether it is merged or disabled or not; None without one."""
+        for name in self.active_adapters:  # type: ignore[union-attr]
+            if name in self.mlp_fusion_narrow:
+                return self._narrow(name)
+        return None
+
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Maps (..., in_features) to (..., out_features) of the original or of the active narrow projection."""
-        if not self.disable_adapters and not self.merged:
-            for name in self.active_adapters:  # type: ignore[union-attr]
-                if name in self.mlp_fusion_narrow:
-                    return self.mlp_fusion_narrow[name](x)
-        restore(self.base_layer)
-        return self.base_layer(x, *args, **kwargs)
+        original = self.disable_adapters or self.merged if self._shown is None else self._shown
+        narrow = None if original else self.active_narrow
+        if narrow is not None:
+            output: Tensor = narrow(x)
+            return output
+        base = self.base_layer if self._shown is None else self.original_layer
+        restore(base)
+        return base(x, *args, **kwargs)
 
     def __repr__(self) -> str:
         return "mlp_fusion." + super().__repr__()
@@ -191,3 +208,37 @@ def check_one_active(names: Sequence[str]) -> None:
             f"The fusion adapters {list(names)} cannot be active or merged together: an FFN is replaced by one narrow "
             "FFN, and two of them do not add up to a third. Choose one with `set_adapter`."
         )
+
+
+@contextmanager
+def showing(layers: Iterable[FusionLayer], originals: bool) -> Iterator[None]:
+    """Has layers compute one of their two sides as long as the block runs, whatever is merged or disabled.
+
+    Nothing else about them changes: what is merged stays merged, and offloaded originals are offloaded again.
+
+    Args:
+        layers: the layers.
+        originals: whether they compute their original projections, or their active narrow ones (a layer without an
+            active one goes on with its original).
+
+    Raises:
+        RuntimeError: if original weights that are to compute were dropped.
+    """
+    layers = list(layers)
+    computing = [layer for layer in layers if originals or layer.active_narrow is None]
+    for layer in computing:
+        layer.require_originals()
+    before = [layer._shown for layer in layers]
+    away = [layer.original_layer for layer in computing if is_away(layer.original_layer)]
+    try:
+        for layer in computing:
+            layer.follow()
+            restore(layer.original_layer)
+        for layer in layers:
+            layer._shown = originals
+        yield
+    finally:
+        for layer, shown in zip(layers, before, strict=True):
+            layer._shown = shown
+        for module in away:
+            offload(module, keep=True)
