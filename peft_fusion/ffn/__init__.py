@@ -1,7 +1,7 @@
 """What an FFN is: layouts as data, finding and selecting FFNs, reading and writing their weights."""
 
 from .capture import Listener, capture, watch
-from .find import FFN, across_neurons, base_of, features, find_ffns, unreadable_projections
+from .find import FFN, across_neurons, base_of, features, find_ffns, places, unreadable_projections
 from .layouts import LAYOUTS, FFNLayout, register_layout
 from .originals import is_away, offload, require_originals, restore
 from .run import find_activation, run_ffn
@@ -37,6 +37,7 @@ __all__ = [
     "run_ffn",
     "select_ffns",
     "offload",
+    "places",
     "target_widths",
     "unreadable_projections",
     "watch",

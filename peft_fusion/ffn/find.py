@@ -114,6 +114,20 @@ def unreadable_projections(model: nn.Module) -> list[str]:
     return sorted(found)
 
 
+def places(model: nn.Module) -> dict[int, list[str]]:
+    """Where each module of a model is held: `id` of the module -> the path of every place.
+
+    A module that holds others is entered once, so that more than one place means that two modules hold the same one
+    (or one does twice); what lies in a block that several depths share (ALBERT) has one.
+    """
+    found: dict[int, list[str]] = {}
+    for name, holder in model.named_modules():
+        for attribute, module in holder._modules.items():
+            if module is not None:
+                found.setdefault(id(module), []).append(f"{name}.{attribute}" if name else attribute)
+    return found
+
+
 def across_neurons(ffn: FFN) -> str | None:
     """The name of what computes across this FFN's neurons, or None if nothing does."""
     for name in ffn.layout.across_neurons:

@@ -19,10 +19,12 @@ def offload(module: nn.Module, keep: bool) -> None:
     """Replaces a projection's parameters by empty ones.
 
     Args:
-        module: the projection.
+        module: the projection; what it kept earlier is dropped, too, where nothing is to be kept any more.
         keep: whether the originals stay in CPU memory, for `restore`.
     """
     if is_away(module):
+        if not keep:
+            setattr(module, _AWAY, {})
         return
     originals = {name: parameter.detach() for name, parameter in module.named_parameters(recurse=False)}
     setattr(module, _AWAY, {name: tensor.cpu() for name, tensor in originals.items()} if keep else {})
@@ -31,7 +33,9 @@ def offload(module: nn.Module, keep: bool) -> None:
 
 
 def restore(module: nn.Module) -> None:
-    """Puts a projection's original parameters back on the device it is on now; does nothing if they never left.
+    """Puts a projection's original parameters back, on the device and in the precision that it is in by now.
+
+    Does nothing if they never left.
 
     Raises:
         RuntimeError: if they were dropped.
@@ -40,7 +44,7 @@ def restore(module: nn.Module) -> None:
     if not is_away(module):
         return
     for name, tensor in getattr(module, _AWAY).items():
-        _set(module, name, tensor.to(getattr(module, name).device))
+        _set(module, name, tensor.to(getattr(module, name)))
     delattr(module, _AWAY)
 
 

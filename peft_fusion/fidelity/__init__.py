@@ -12,6 +12,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from ..ffn import FFN
+from ..observe.batches import single_sequences
 from ..observe.networks import Batch, Network, active_narrow, linear_modules, pair
 from ..observe.projection import Function, random_projection
 from ..progress import progress
@@ -76,7 +77,7 @@ def fidelity(
     for batch in progress(_batches(dataloader, max_batches, fused), "Outputs"):
         first, count = first or batch, count + 1
         errors.add(batch)
-        singles += islice(_single_sentences(batch), sequences - len(singles))
+        singles += islice(single_sequences(batch), sequences - len(singles))
     if first is None:
         raise ValueError("The dataloader yields no batch: give one that can be iterated anew, with at least one batch.")
     function = function or random_projection(fused, seed)
@@ -108,16 +109,6 @@ def _batches(dataloader: Iterable[Any], limit: int | None, side: Network) -> Ite
             )
         keep_labels = side.is_encoder_decoder and "decoder_input_ids" not in batch
         yield {key: value for key, value in batch.items() if key != "labels" or keep_labels}
-
-
-def _single_sentences(batch: Batch) -> Iterator[Batch]:
-    """The batch's sequences, each a batch of its own."""
-    size = next(len(value) for value in batch.values() if isinstance(value, Tensor))
-    for i in range(size):
-        yield {
-            key: value[i : i + 1] if isinstance(value, Tensor) and len(value) == size else value
-            for key, value in batch.items()
-        }
 
 
 def _ffn_fidelity(original: FFN, fused: FFN, errors: OutputErrors, before: Any, after: Any) -> FFNFidelity:

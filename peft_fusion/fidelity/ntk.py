@@ -6,14 +6,15 @@ the kernels of one projection after the other are made of them (`fusing/gradient
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..ffn import FFN
+from ..ffn import FFN, watch
 from ..fusing.gradient_kernels import gradient_kernels
 from ..observe.networks import Batch, Network, linear_modules
 from ..observe.projection import Function
@@ -67,10 +68,9 @@ def tangent_kernels(
             if len(kept) < len(sequences):
                 continue
             for ffn in ffns:
-                paths = (*ffn.layout.in_projections, ffn.layout.out_projection)
-                for path, module in zip(paths, ffn.projections, strict=True):
+                for name, module in zip(ffn.projection_names, ffn.projections, strict=True):
                     parts = [_kernels_of(linear, kept) for linear in linear_modules(module, side.fused)]
-                    kernels[ffn.name, path] = sum(parts[1:], parts[0])
+                    kernels[ffn.name, name.removeprefix(f"{ffn.name}.")] = sum(parts[1:], parts[0])
             kept = []
     return kernels
 
@@ -124,23 +124,16 @@ def _token_gradients(side: Network, ffns: list[FFN], sequence: Batch, function: 
     }
 
 
-@contextmanager
-def _recording(modules: set[nn.Module], calls: list[tuple[nn.Module, Tensor, Tensor]]) -> Iterator[None]:
+def _recording(modules: set[nn.Module], calls: list[tuple[nn.Module, Tensor, Tensor]]) -> AbstractContextManager[None]:
     """Notes every call of the modules, with an output that gradients can be taken of though no weight requires one."""
 
-    def begin(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
+    def begin(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
         return None if args[0].requires_grad else (args[0].detach().requires_grad_(), *args[1:])
 
-    def note(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+    def note(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
         calls.append((module, args[0], output))
 
-    handles = [module.register_forward_pre_hook(begin) for module in modules]
-    handles += [module.register_forward_hook(note) for module in modules]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
+    return watch(modules, before=begin, after=note)
 
 
 def _kernels_of(module: nn.Module, kept: Sequence[dict[nn.Module, Token]]) -> Kernels:

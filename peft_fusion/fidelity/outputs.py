@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from ..ffn import FFN
+from ..ffn import FFN, capture
 from ..observe.batches import padding_mask
 from ..observe.networks import Batch, Network
 from ..observe.outputs import main_output, run_whole
 from .report import OutputError
+
+Calls = dict[str, list[tuple[Tensor, Tensor]]]  # FFN name -> the input and the output of each of its calls
 
 
 @dataclass
@@ -69,65 +69,46 @@ class OutputErrors:
     @torch.no_grad()
     def add(self, batch: Batch) -> None:
         """Runs both networks on a batch, and the fused one again with the original's inputs to every FFN."""
-        recorded: dict[str, list[tuple[Tensor, Tensor]]] = defaultdict(list)
-        with self.original.running(), _recording(self.original.ffns, recorded):
+        calls: Calls = {ffn.name: [] for ffn in self.original.ffns}
+        with self.original.running(), _recording(self.original.ffns, calls):
             expected = _outputs(self.original, batch)
         with self.fused.running():
             found = _outputs(self.fused, batch)
-            with ExitStack() as stack:
-                for ffn in self.fused.ffns:
-                    stack.enter_context(self._following(ffn, recorded[ffn.name], batch))
+            with self._following(calls, batch):
                 self.fused(batch, hidden_states=False)
         for mean, ours, theirs in zip((self.hidden_states, self.outputs), found, expected, strict=True):
             if ours is not None and theirs is not None:
                 mean.add(ours, theirs, padding_mask(batch, ours.shape, self.fused.is_encoder_decoder))
 
-    @contextmanager
-    def _following(self, ffn: FFN, recorded: list[tuple[Tensor, Tensor]], batch: Batch) -> Iterator[None]:
-        """Feeds an FFN the original's inputs, measures its outputs, and passes the original's outputs on."""
-        *ins, out = ffn.projections
-        is_encoder_decoder = self.fused.is_encoder_decoder and "decoder" in ffn.name.split(".")
-        queues = {module: iter(recorded) for module in (*ins, out)}
+    def _following(self, calls: Calls, batch: Batch) -> AbstractContextManager[None]:
+        """Feeds every FFN the original's inputs, measures its outputs, and passes the original's outputs on."""
+        left = {name: iter(pairs) for name, pairs in calls.items()}
+        current: dict[str, Tensor] = {}
 
-        def feed(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-            return (next(queues[module])[0].to(args[0].device), *args[1:])
+        def feed(name: str, x: Tensor) -> Tensor:
+            original, current[name] = next(left[name])
+            return original.to(x.device)
 
-        def compare(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
-            original = next(queues[module])[1].to(output.device)
-            self.ffns[ffn.name].add(output, original, padding_mask(batch, output.shape, is_encoder_decoder))
+        def compare(name: str, y: Tensor) -> Tensor:
+            original = current.pop(name).to(y.device)
+            decoder = self.fused.is_encoder_decoder and "decoder" in name.split(".")
+            self.ffns[name].add(y, original, padding_mask(batch, y.shape, decoder))
             return original  # so that a router behind this FFN sends the same tokens to the same experts
 
-        handles = [module.register_forward_pre_hook(feed) for module in ins] + [out.register_forward_hook(compare)]
-        try:
-            yield
-        finally:
-            for handle in handles:
-                handle.remove()
+        return capture(self.fused.ffns, inputs=feed, outputs=compare)
 
 
-@contextmanager
-def _recording(ffns: list[FFN], recorded: dict[str, list[tuple[Tensor, Tensor]]]) -> Iterator[None]:
+def _recording(ffns: Sequence[FFN], calls: Calls) -> AbstractContextManager[None]:
     """Notes the input and the output of every call of every FFN."""
-    handles = []
-    for ffn in ffns:
-        inputs: list[Tensor] = []
-        calls = recorded[ffn.name]
+    inputs: dict[str, Tensor] = {}
 
-        def note_input(module: nn.Module, args: tuple[Tensor, ...], inputs: list[Tensor] = inputs) -> None:
-            inputs.append(args[0])
+    def note_input(name: str, x: Tensor) -> None:
+        inputs[name] = x
 
-        def note_output(
-            module: nn.Module, args: Any, output: Tensor, inputs: list = inputs, calls: list = calls
-        ) -> None:
-            calls.append((inputs.pop(), output.clone()))  # some models add to it in place
+    def note_output(name: str, y: Tensor) -> None:
+        calls[name].append((inputs.pop(name), y.clone()))  # some models add to it in place
 
-        handles.append(ffn.projections[0].register_forward_pre_hook(note_input))
-        handles.append(ffn.projections[-1].register_forward_hook(note_output))
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
+    return capture(ffns, inputs=note_input, outputs=note_output)
 
 
 def _outputs(side: Network, batch: Batch) -> tuple[Tensor | None, Tensor | None]:

@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from ..ffn import watch
 from .networks import Batch, Network
 
 
@@ -20,12 +21,9 @@ def run_whole(side: Network, batch: Batch) -> tuple[Tensor | None, Any]:
     def note(module: nn.Module, args: Any, output: Any) -> None:
         hidden[0] = getattr(output, "last_hidden_state", None)
 
-    handle = backbone.register_forward_hook(note)
-    try:
+    with watch([backbone], after=note):
         output = side(batch, hidden_states=False)
-        return hidden[0], output
-    finally:
-        handle.remove()
+    return hidden[0], output
 
 
 def main_output(output: Any) -> Tensor | None:

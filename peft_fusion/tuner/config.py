@@ -157,6 +157,8 @@ class FusionConfig(PeftConfig):
             name = f"width_pattern[{pattern!r}]"
             if isinstance(value, float):
                 _check_ratio(name, value)
+            elif value == 1 and not isinstance(value, bool) and not self.fused:
+                raise ValueError(f"`{name}` is 1, one neuron, where `ratio=1` is all. Write 1.0 for full width.")
             else:
                 self._check_positive_int(name, value)
 

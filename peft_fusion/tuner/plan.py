@@ -17,6 +17,7 @@ from ..ffn import (
     config_widths,
     features,
     find_ffns,
+    places,
     select_ffns,
     target_widths,
     unreadable_projections,
@@ -98,10 +99,11 @@ def plan_ffns(
         if ffn.name in widths:
             _check_fusible(ffn)
             check_can_leave(ffn, config.base_weights)
+    _check_unshared(model, [ffn for ffn in ffns if ffn.name in widths])
     _check_modules_to_save(model, config)
     kept = {ffn.name: ffn.width for ffn in ffns} if config.method == "svd" else {}  # merged, they are as wide as ever
-    places = config_widths(model, ffns, {name: kept.get(name, width) for name, width in widths.items()})
-    return [PlannedFFN(ffn, widths[ffn.name], places[ffn.name]) for ffn in ffns if ffn.name in widths]
+    stated = config_widths(model, ffns, {name: kept.get(name, width) for name, width in widths.items()})
+    return [PlannedFFN(ffn, widths[ffn.name], stated[ffn.name]) for ffn in ffns if ffn.name in widths]
 
 
 def _configured_widths(ffns: list[FFN], config: FusionConfig) -> dict[str, int]:
@@ -169,6 +171,19 @@ def _check_fusible(ffn: FFN) -> None:
                 f"`{name}` already carries an adapter ({type(module).__name__}), which would lose its effect. Merge "
                 "that adapter first, or leave this FFN out with `exclude_modules`."
             )
+
+
+def _check_unshared(model: nn.Module, ffns: Iterable[FFN]) -> None:
+    """Refuses a projection that is held in two places: a narrow one would replace it in one of them only."""
+    held = places(model)
+    for ffn in ffns:
+        for module in ffn.projections:
+            if len(found := held[id(module)]) > 1:
+                raise ValueError(
+                    f"The FFN {ffn.name!r} cannot be fused: {' and '.join(f'`{place}`' for place in found)} are one "
+                    "and the same module, of which a narrow one could replace only one. Give each place a module of "
+                    "its own (`copy.deepcopy`), or leave out every FFN that shares it with `exclude_modules`."
+                )
 
 
 def _check_modules_to_save(model: nn.Module, config: FusionConfig) -> None:

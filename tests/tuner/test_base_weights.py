@@ -88,3 +88,56 @@ def test_original_is_used_where_no_adapter_is_active():
     fused = get_peft_model(model, half(llama, base_weights="offload"))
     fused.base_model.delete_adapter("default")
     assert torch.equal(logits(fused.base_model, llama), original)
+
+
+@pytest.mark.parametrize("name", ["bert", "gpt2", "t5", "llama_bias", "phi3"])
+@pytest.mark.parametrize("merged", [False, True])
+def test_offloaded_weights_come_back_in_the_precision_that_the_model_has_by_now(name, merged):
+    architecture = BY_NAME[name]
+    original = logits(architecture.make().to(torch.bfloat16), architecture)
+    fused = get_peft_model(architecture.make(), half(architecture, base_weights="offload"))
+    if merged:
+        fused.merge_adapter()
+    fused.to(torch.bfloat16)
+    with fused.disable_adapter():
+        assert torch.equal(logits(fused, architecture), original)
+    if merged:
+        fused.unmerge_adapter()
+    assert original_elements(fused) == 0
+    fused.merge_adapter()
+    fused.unmerge_adapter()
+    assert logits(fused, architecture).dtype == torch.bfloat16
+    plain = fused.unload()
+    assert {p.dtype for p in plain.parameters()} == {torch.bfloat16}
+    if architecture.task_type != "SEQ_CLS":
+        assert torch.equal(logits(plain, architecture), original)
+
+
+def kept_elements(model) -> int:
+    """How many elements of original FFN weights are kept in CPU memory, wherever a layer hides them."""
+    modules = [layer.original_layer for layer in model.modules() if isinstance(layer, FusionLayer)]
+    return sum(
+        t.numel()
+        for m in modules
+        for v in vars(m).values()
+        if isinstance(v, dict)
+        for t in v.values()
+        if isinstance(t, torch.Tensor)
+    )
+
+
+@pytest.mark.parametrize("merged", [False, True])
+def test_an_adapter_that_discards_after_one_that_offloads_frees_what_was_kept(merged):
+    llama = BY_NAME["llama"]
+    fused = get_peft_model(llama.make(), half(llama, base_weights="offload"))
+    assert kept_elements(fused) > 0
+    if merged:
+        fused.merge_adapter()
+    fused.add_adapter("second", half(llama, base_weights="discard", seed=1))
+    assert kept_elements(fused) == 0
+    if merged:
+        fused.unmerge_adapter()
+    fused.set_adapter("second")
+    logits(fused, llama)
+    with pytest.raises(RuntimeError, match="were dropped"):
+        fused.unload()

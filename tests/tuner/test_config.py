@@ -30,6 +30,7 @@ def test_bad_ratio(ratio):
         ("width_pattern", [1]),
         ("width_pattern", {"mlp": 0}),
         ("width_pattern", {"mlp": 1.5}),
+        ("width_pattern", {"mlp": True}),
         ("layers_to_transform", -1),
         ("layers_to_transform", [0, "1"]),
         ("method", "wanda"),
@@ -39,6 +40,14 @@ def test_bad_ratio(ratio):
 def test_bad_values_name_their_field(field, value):
     with pytest.raises(ValueError, match=f"`{field}"):
         FusionConfig(**{field: value})
+
+
+def test_an_integer_one_is_no_width():
+    """`ratio=1` is full width, so 1 in a pattern must not be one neuron."""
+    with pytest.raises(ValueError, match=r"`width_pattern\['mlp'\]` is 1, one neuron.* Write 1.0 for full width"):
+        FusionConfig(width_pattern={"mlp": 1})
+    assert FusionConfig(width_pattern={"mlp": 1.0, "fc": 2}).width_pattern == {"mlp": 1.0, "fc": 2}
+    assert FusionConfig(width_pattern={"mlp": 1}, fused=True).fused  # one that was saved before goes on loading
 
 
 def test_layers_pattern_needs_layers():

@@ -132,6 +132,28 @@ def test_ffn_that_computes_across_its_neurons(unchanged):
     get_peft_model(model, FusionConfig(exclude_modules=["layers.1"]))
 
 
+@pytest.mark.parametrize("place", ["model.layers.2.mlp.up_proj", "model.alias"])
+def test_projection_that_is_held_in_two_places(place, unchanged):
+    model = BY_NAME["llama"].make()
+    model.set_submodule(place, model.model.layers[0].mlp.up_proj)
+    check = unchanged(model)
+    for how in (get_peft_model, fuse):
+        with pytest.raises(ValueError, match="` and `.*` are one and the same module.*..copy.deepcopy`") as refused:
+            how(model, FusionConfig(ratio=0.5))
+        assert f"`{place}`" in str(refused.value) and "`model.layers.0.mlp.up_proj`" in str(refused.value)
+        check()
+    get_peft_model(model, FusionConfig(ratio=0.5, exclude_modules=["layers.0.mlp", "layers.2.mlp"]))
+
+
+def test_block_that_two_depths_share_is_fused_once():
+    model = BY_NAME["llama"].make()
+    model.model.layers[2] = model.model.layers[0]
+    full = model(**BY_NAME["llama"].batch()).logits
+    fused = get_peft_model(model, FusionConfig(ratio=1.0))
+    assert len(fused.peft_config["default"].fused_widths) == 2
+    torch.testing.assert_close(fused(**BY_NAME["llama"].batch()).logits, full)
+
+
 def test_fusion_over_lora_is_refused():
     model = get_peft_model(BY_NAME["llama"].make(), LoraConfig(target_modules=["up_proj"]))
     with pytest.raises(ValueError, match="up_proj` already carries an adapter .* Merge that adapter first"):
