@@ -47,7 +47,7 @@ class NarrowInProjection(NarrowProjection):
     def forward(self, x: Tensor) -> Tensor:
         """Maps (..., in_features) to (..., neurons)."""
         out = self.linear(x)
-        return out if self.scale is None else (out * self.scale).to(x.dtype)
+        return out if self.scale is None else (out * self.scale).to(out.dtype)  # under autocast not the input's
 
     def folded(self) -> tuple[Tensor, Tensor | None]:
         if self.scale is None:
