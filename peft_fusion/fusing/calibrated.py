@@ -157,11 +157,12 @@ def _candidates(known: _Known, clustering: Clustering, width: int) -> list[Tenso
 
 def _best_of(candidates: list[Tensor], known: _Known, how: str) -> NarrowFFN:
     """The narrow FFN of those real neurons that come closest to the original on held-out tokens."""
-    mean = known.statistics.sum.to(known.second_moment) / max(known.statistics.tokens, 1)
+    device = known.second_moment.device
+    covariance, mean = known.statistics.covariance.to(device), known.statistics.mean.to(device)
 
     def fitted(kept: Tensor) -> tuple[FFNWeights, float]:
         narrow = select_rows(known.weights, kept)
-        moments = moments_of_kept(known.second_moment, mean, known.weights.out_weight, kept)
+        moments = moments_of_kept(covariance, mean, known.weights.out_weight, kept)
         held_out = moments_of_sample(known.hidden[:, kept], known.seen_outputs)
         return _refitted(narrow, moments, held_out, known.root, how)
 

@@ -10,30 +10,32 @@ from torch import Tensor
 STRENGTHS = (0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0)
 """Strengths of the ridge that are tried, relative to the second moment of each hidden activation."""
 
+FLOOR = 1e-12
+"""The least variance that counts, relative to the second moment: below it lies what float32 activations round off."""
+
 CHUNK = 512
 """Tokens whose values are held in float64 at a time."""
 
 
 @dataclass(frozen=True)
 class Moments:
-    """Second moments of narrow hidden activations with themselves and with the original's outputs.
+    """Means and covariances of narrow hidden activations and of the original's outputs.
 
     Args:
-        own: E[g g^T] of the narrow hidden activations g, shape (width, width).
-        cross: E[g y^T] with the original's outputs y (without its bias), shape (width, out_dim).
+        gram: E[(g - E g) (g - E g)^T] of the narrow hidden activations g, shape (width, width).
+        cross: E[(g - E g) (y - E y)^T] with the original's outputs y (without its bias), shape (width, out_dim).
         mean: E[g], shape (width,).
         mean_out: E[y], shape (out_dim,).
     """
 
-    own: Tensor
+    gram: Tensor
     cross: Tensor
     mean: Tensor
     mean_out: Tensor
 
-    def centred(self) -> Moments:
-        """The covariances: what is left to explain once a bias takes the means."""
-        own = self.own - torch.outer(self.mean, self.mean)
-        return Moments(own, self.cross - torch.outer(self.mean, self.mean_out), self.mean, self.mean_out)
+    def with_means(self) -> tuple[Tensor, Tensor]:
+        """E[g g^T] and E[g y^T], what is to be explained where no bias takes the means."""
+        return torch.addr(self.gram, self.mean, self.mean), torch.addr(self.cross, self.mean, self.mean_out)
 
 
 @dataclass(frozen=True)
@@ -41,7 +43,7 @@ class SampleMoments(Moments):
     """The moments of some tokens, all that the error of any out-projection on them depends on.
 
     Args:
-        power: E|y|^2.
+        power: E|y - E y|^2.
     """
 
     power: float
@@ -53,12 +55,13 @@ class SampleMoments(Moments):
             out_weight: tensor of shape (width, out_dim).
             shift: tensor of shape (out_dim,), or None.
         """
-        weight = out_weight.to(self.own)
-        missed = ((self.own @ weight - 2 * self.cross) * weight).sum() + self.power
+        weight = out_weight.to(self.gram)
+        missed = ((self.gram @ weight - 2 * self.cross) * weight).sum() + self.power
+        apart = self.mean @ weight - self.mean_out
         if shift is not None:
-            bias = shift.to(weight)
-            missed = missed + bias @ (bias + 2 * (self.mean @ weight - self.mean_out))
-        return max(0.0, float(missed)) / max(self.power, 1e-30)
+            apart = apart + shift.to(weight)
+        size = self.power + float(self.mean_out.square().sum())
+        return max(0.0, float(missed + apart.square().sum())) / max(size, 1e-30)
 
 
 @dataclass(frozen=True)
@@ -78,16 +81,16 @@ class Refit:
     error: float
 
 
-def moments_of_kept(second_moment: Tensor, mean: Tensor, out_weight: Tensor, kept: Tensor) -> Moments:
+def moments_of_kept(covariance: Tensor, mean: Tensor, out_weight: Tensor, kept: Tensor) -> Moments:
     """The moments of an FFN of which some neurons are kept: parts of what calibration accumulated.
 
     Args:
-        second_moment: E[h h^T] of the original, shape (neurons, neurons).
+        covariance: of the original's hidden activations h, shape (neurons, neurons).
         mean: E[h], shape (neurons,).
         out_weight: the original's out-weights, shape (neurons, out_dim).
         kept: int64 tensor of the kept neurons.
     """
-    rows = second_moment[kept].double()
+    rows = covariance[kept].double()
     w = out_weight.double()
     mean = mean.double()
     return Moments(rows[:, kept], rows @ w, mean[kept], mean @ w)
@@ -99,15 +102,21 @@ def moments_of_sample(hidden: Tensor, outputs: Tensor) -> SampleMoments:
     The sums are in float64, which leaves of a small error, a difference of larger ones, what float32 tokens hold.
     """
     width, out_dim, count = hidden.shape[1], outputs.shape[1], max(len(hidden), 1)
-    own, cross = (hidden.new_zeros(width, n, dtype=torch.float64) for n in (width, out_dim))
+    gram, cross = (hidden.new_zeros(width, n, dtype=torch.float64) for n in (width, out_dim))
+    mean, mean_out = (value.sum(0, dtype=torch.float64) / count for value in (hidden, outputs))
     power = 0.0
     for g, y in zip(hidden.split(CHUNK), outputs.split(CHUNK), strict=True):
-        g, y = g.double(), y.double()
-        own.addmm_(g.T, g)
+        g, y = g - mean, y - mean_out
+        gram.addmm_(g.T, g)
         cross.addmm_(g.T, y)
         power += float(y.square().sum())
-    mean, mean_out = hidden.mean(0, dtype=torch.float64), outputs.mean(0, dtype=torch.float64)
-    return SampleMoments(own / count, cross / count, mean, mean_out, power / count)
+    return SampleMoments(gram / count, cross / count, mean, mean_out, power / count)
+
+
+def _floored(diagonal: Tensor, moments: Moments) -> Tensor:
+    """The diagonal of a gram, positive also for neurons that are constant or dead; they keep their prior."""
+    power = moments.gram.diagonal() + moments.mean.square()
+    return torch.maximum(diagonal, FLOOR * power.clamp(min=0) + 1e-30)
 
 
 def seen(weight: Tensor, root: Tensor | None) -> Tensor:
@@ -125,8 +134,9 @@ def refit(
 
         minimise over B:  E|y - B^T g|^2 + strength * sum_j E[g_j^2] |B_j - prior_j|^2
 
-    The strength is the one of the lowest error on held-out tokens; no refit is among the candidates, so that the
-    result is never worse on them. The minimum does not depend on the metric in which errors are measured, as every
+    (of what is centred, where a bias takes the means). The strength is the one of the lowest error on held-out tokens;
+    no refit is among the candidates, so that the result is never worse on them. A strength whose equations have no
+    unique solution is left out. The minimum does not depend on the metric in which errors are measured, as every
     output has weights of its own; the choice of the strength does.
 
     Args:
@@ -139,29 +149,32 @@ def refit(
     Returns:
         The best fit.
     """
-    used = moments.centred() if with_bias else moments
-    diagonal = used.own.diagonal().clamp(min=1e-12 * float(used.own.diagonal().mean()) + 1e-30)
+    gram, cross = (moments.gram, moments.cross) if with_bias else moments.with_means()
+    diagonal = _floored(gram.diagonal(), moments)
     unit = diagonal.sqrt()
-    normal = used.own / torch.outer(unit, unit)  # a unit diagonal: neurons of every size are conditioned alike
+    normal = gram / torch.outer(unit, unit)  # a unit diagonal: neurons of every size are conditioned alike
 
-    def solve(strength: float, cross: Tensor, start: Tensor) -> Tensor:
+    def solve(strength: float, cross: Tensor, start: Tensor) -> Tensor | None:
         matrix = normal.clone()
         matrix.diagonal().add_(strength)
+        factor, failed = torch.linalg.cholesky_ex(matrix)
+        if bool(failed):
+            return None
         right = torch.addcmul(cross, diagonal.unsqueeze(1), start, value=strength) / unit.unsqueeze(1)
-        return torch.cholesky_solve(right, torch.linalg.cholesky(matrix)) / unit.unsqueeze(1)
+        return torch.cholesky_solve(right, factor) / unit.unsqueeze(1)
 
     def shift(weight: Tensor, mean_out: Tensor) -> Tensor | None:
         return mean_out - moments.mean @ weight if with_bias else None
 
     start = prior.double()
-    seen_start, seen_cross, seen_mean = (seen(value, root) for value in (start, used.cross, moments.mean_out))
+    seen_start, seen_cross, seen_mean = (seen(value, root) for value in (start, cross, moments.mean_out))
     best, error = float("inf"), held_out.error(seen_start)
     for strength in STRENGTHS:  # in the metric's coordinates, which the solution may be turned to before or after
         weight = solve(strength, seen_cross, seen_start)
-        found = held_out.error(weight, shift(weight, seen_mean))
+        found = float("inf") if weight is None else held_out.error(weight, shift(weight, seen_mean))
         if found < error:
             best, error = strength, found
-    if best == float("inf"):
+    weight = None if best == float("inf") else solve(best, cross, start)
+    if weight is None:
         return Refit(start, None, best, error)
-    weight = solve(best, used.cross, start)
     return Refit(weight, shift(weight, moments.mean_out), best, error)

@@ -47,16 +47,13 @@ def stand_in(weights: FFNWeights, width: int, statistics: FFNStatistics) -> Stan
         statistics: what calibration found out about it.
     """
     w = weights.out_weight.float()
-    moment = statistics.second_moment.to(w.device)
-    mean = statistics.sum.to(w.device) / max(statistics.tokens, 1)
+    moment, mean = statistics.second_moment.to(w.device), statistics.mean.to(w)
     seen = w if statistics.fisher is None else w @ metric(statistics.fisher.to(w.device)).to(w)
     kept = most_salient(moment.diagonal() * (seen * w).sum(1), width)
-    covariance = moment[kept]
-    if weights.out_bias is not None:  # which takes the means
-        covariance = covariance - torch.outer(mean[kept], mean)
+    covariance = (moment if weights.out_bias is None else statistics.covariance.to(w.device))[kept]  # it takes means
     own, cross, prior = covariance[:, kept], covariance @ w, w[kept]
     variance = own.diagonal()
-    variance = variance.clamp(min=1e-6 * float(variance.mean()) + 1e-30)
+    variance = torch.maximum(variance, 1e-12 * moment.diagonal()[kept] + 1e-30)
     unit = variance.sqrt().unsqueeze(1)
     matrix = own / (unit * unit.T) + STRENGTH * torch.eye(width, device=w.device)
     right = (cross + STRENGTH * variance.unsqueeze(1) * prior) / unit

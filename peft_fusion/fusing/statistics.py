@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .precision import exact_products
 from .scales import Tangents
 
 SAMPLE_TOKENS = 2048
@@ -12,10 +13,16 @@ SAMPLE_TOKENS = 2048
 
 
 class FFNStatistics:
-    """Second moments of an FFN's hidden activations, a sample of its inputs, and what gradients told of it.
+    """Mean and covariance of an FFN's hidden activations, a sample of its inputs, and what gradients told of it.
 
-    Memory: 4 * neurons ** 2 bytes for the products, `SAMPLE_TOKENS` inputs, and once they are set the `tangents` and
-    the `fisher` information, 4 * out_dim ** 2 bytes.
+    What is summed up are activations less a fixed shift, the mean of the first tokens: with d = h - shift
+
+        mean = shift + E[d]        covariance = E[d d^T] - E[d] E[d]^T
+
+    lose nothing where a neuron hardly varies about a large mean, as E[h h^T] - E[h] E[h]^T does.
+
+    Memory: 4 * neurons ** 2 bytes for the products, `SAMPLE_TOKENS` inputs, and once it is set the `fisher`
+    information, 4 * out_dim ** 2 bytes.
 
     Args:
         width: the FFN's neurons.
@@ -24,8 +31,9 @@ class FFNStatistics:
     """
 
     def __init__(self, width: int, in_dim: int, device: torch.device | str = "cpu") -> None:
-        self.product = torch.zeros(width, width, device=device)
-        self.sum = torch.zeros(width, device=device)
+        self.product = torch.zeros(width, width, device=device)  # sum of d d^T
+        self.sum = torch.zeros(width, dtype=torch.float64, device=device)  # sum of d
+        self.shift = torch.zeros(width, device=device)
         self.tokens = 0
         self.width, self.in_dim = width, in_dim
         self._held_out: list[Tensor] = []
@@ -42,11 +50,16 @@ class FFNStatistics:
         Raises:
             ValueError: if they are not finite.
         """
-        hidden = hidden.float()
         if not bool(torch.isfinite(hidden).all()):
             raise ValueError("the hidden activations hold NaN or infinite values")
-        self.product.addmm_(hidden.T, hidden)
-        self.sum += hidden.sum(0)
+        if len(hidden) == 0:
+            return
+        if self.tokens == 0:
+            self.shift = hidden.mean(0, dtype=torch.float64).to(self.shift)
+        shifted = (hidden - self.shift).float()  # of half precision and float32: float32
+        with exact_products(self.product.device):
+            self.product.addmm_(shifted.T, shifted)
+        self.sum += shifted.sum(0, dtype=torch.float64)
         self.tokens += len(hidden)
 
     def hold_out(self, inputs: Tensor) -> None:
@@ -65,10 +78,42 @@ class FFNStatistics:
             self._held_out.append(inputs[:room].detach().clone())
             self.held_out_tokens += len(self._held_out[-1])
 
+    def reshift(self, mean: Tensor) -> None:
+        """Moves the shift, so that the sums of several ranks, all moved to the same one, can be added up.
+
+        `product`, `sum` and `tokens` are then those that one rank would have with all of the tokens.
+
+        Args:
+            mean: tensor of shape (neurons,), near the mean of all tokens, the same on every rank.
+        """
+        shift = mean.to(self.shift)
+        change = shift.double() - self.shift.double()
+        between = (self.sum - change * (self.tokens / 2)).float()
+        self.sum -= change * self.tokens
+        self.product.addr_(between, change.float(), alpha=-1).addr_(change.float(), between, alpha=-1)
+        self.shift = shift
+
+    @property
+    def mean(self) -> Tensor:
+        """E[h] over the training tokens, float64 of shape (neurons,)."""
+        return self.shift.double() + self._offset
+
+    @property
+    def covariance(self) -> Tensor:
+        """E[(h - E h) (h - E h)^T] over the training tokens, shape (neurons, neurons); a new tensor."""
+        offset = self._offset.float()
+        return (self.product / max(self.tokens, 1)).addr_(offset, offset, alpha=-1)
+
     @property
     def second_moment(self) -> Tensor:
-        """E[h h^T] over the training tokens, shape (neurons, neurons)."""
-        return self.product / max(self.tokens, 1)
+        """E[h h^T] over the training tokens, shape (neurons, neurons); a new tensor."""
+        mean = self.mean.float()
+        return self.covariance.addr_(mean, mean)
+
+    @property
+    def _offset(self) -> Tensor:
+        """The mean's distance from the shift, float64."""
+        return self.sum / max(self.tokens, 1)
 
     @property
     def held_out(self) -> Tensor:
@@ -77,6 +122,6 @@ class FFNStatistics:
 
     def cpu(self) -> FFNStatistics:
         """The same statistics in CPU memory."""
-        self.product, self.sum = self.product.cpu(), self.sum.cpu()
+        self.product, self.sum, self.shift = self.product.cpu(), self.sum.cpu(), self.shift.cpu()
         self._held_out = [inputs.cpu() for inputs in self._held_out]
         return self

@@ -72,7 +72,7 @@ def test_products_are_those_of_the_tokens_that_are_not_held_out(architecture, un
             training = hidden.view(4, -1, architecture.width)[:3].flatten(0, 1)  # every fourth sequence is held out
             expected[name] += training.T @ training
     for name, statistic in statistics.items():
-        torch.testing.assert_close(statistic.product, expected[name], rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(statistic.second_moment * statistic.tokens, expected[name], rtol=1e-4, atol=1e-4)
         assert (statistic.tokens, statistic.held_out_tokens) == (3 * 3 * 7, 3 * 7)
         assert statistic.held_out.shape == (21, 32)
 
@@ -92,7 +92,7 @@ def test_padding_is_left_out(name):
     for ffn, statistic in found(short, config).items():
         other = found(padded, config)[ffn]
         assert (other.tokens, other.held_out_tokens) == (statistic.tokens, statistic.held_out_tokens)
-        torch.testing.assert_close(other.product, statistic.product, rtol=1e-3, atol=1e-3)
+        torch.testing.assert_close(other.covariance, statistic.covariance, rtol=1e-3, atol=1e-3)
 
 
 def test_several_passes_give_the_same():
@@ -165,7 +165,7 @@ def test_a_fused_model_is_calibrated_on_its_original(unchanged):
     calibrate(fused, config, batches(bert))
     assert {name: p.requires_grad for name, p in fused.named_parameters()} == trainable
     for name, statistic in found(fused.get_base_model(), config).items():
-        torch.testing.assert_close(statistic.product, found(plain, config)[name].product)
+        torch.testing.assert_close(statistic.covariance, found(plain, config)[name].covariance)
 
 
 class Unusable:

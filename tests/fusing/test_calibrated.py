@@ -14,7 +14,6 @@ from peft_fusion.fusing.activations import look_inside
 from peft_fusion.fusing.calibrated import fuse_calibrated
 from peft_fusion.fusing.kernels import FLATTENING, metric_root, ntk_kernel, output_kernel, weight_kernel
 from peft_fusion.fusing.neurons import eliminate, most_salient_of_each
-from peft_fusion.fusing.refit import moments_of_kept, moments_of_sample, refit
 from peft_fusion.fusing.rows import select_rows
 from peft_fusion.fusing.scales import match_tangent_kernel
 from peft_fusion.fusing.statistics import FFNStatistics
@@ -147,46 +146,6 @@ def test_one_neuron_of_each_cluster_the_most_salient():
     saliency = torch.tensor([1.0, 5.0, 2.0, 7.0, 3.0])
     labels = torch.tensor([0, 0, 1, 2, 1])
     assert most_salient_of_each(saliency, labels, 3).tolist() == [1, 4, 3]
-
-
-@pytest.mark.parametrize("bias", [False, True])
-def test_the_refit_is_least_squares_where_nothing_is_shrunk(bias, monkeypatch):
-    monkeypatch.setattr("peft_fusion.fusing.refit.STRENGTHS", (1e-12,))
-    weights, x = make(gated=False, bias=True), draw(500, DIM, seed=5)
-    hidden = look_inside(weights, gelu, x).hidden
-    kept, y = torch.arange(0, WIDTH, 2), hidden @ weights.out_weight
-    moments = moments_of_kept(hidden.T @ hidden / len(x), hidden.mean(0), weights.out_weight, kept)
-    fit = refit(moments, weights.out_weight[kept], moments_of_sample(hidden[:, kept], y), with_bias=bias)
-    columns = hidden[:, kept]
-    if bias:
-        columns = torch.cat([columns, torch.ones_like(columns[:, :1])], dim=1)
-    expected = torch.linalg.lstsq(columns, y).solution
-    torch.testing.assert_close(fit.out_weight, expected[: len(kept)], rtol=1e-6, atol=1e-8)
-    assert (fit.bias_change is None) == (not bias)
-
-
-def test_the_error_by_moments_is_that_of_the_tokens():
-    hidden, y, weight, shift = draw(700, 8, seed=1), draw(700, 5, seed=2) + 1, draw(8, 5, seed=3), draw(1, 5, seed=4)[0]
-    moments = moments_of_sample(hidden, y)  # 700 tokens: more than one chunk
-    for bias in (None, shift):
-        missed = hidden @ weight + (0 if bias is None else bias) - y
-        expected = float(missed.square().sum() / y.square().sum())
-        assert moments.error(weight, bias) == pytest.approx(expected, rel=1e-12)
-    exact = moments_of_sample(hidden.float(), (hidden @ weight).float())
-    assert exact.error(weight) < 1e-12
-
-
-def test_a_refit_that_does_harm_on_held_out_tokens_is_not_taken():
-    weights = make(gated=False)
-    x = draw(200, DIM, seed=6)
-    hidden, kept = look_inside(weights, gelu, x).hidden, torch.arange(8)
-    noise = draw(12, WIDTH, seed=7) * 5  # what was accumulated has nothing to do with what is held out
-    moments = moments_of_kept(noise.T @ noise / 12, noise.mean(0), weights.out_weight, kept)
-    prior = torch.linalg.lstsq(hidden[:, kept], hidden @ weights.out_weight).solution
-    held_out = moments_of_sample(hidden[:, kept], hidden @ weights.out_weight)
-    fit = refit(moments, prior, held_out, with_bias=False)
-    assert fit.strength == float("inf")
-    torch.testing.assert_close(fit.out_weight, prior)
 
 
 KINDS = [(False, gelu, True), (True, silu, False), (True, silu, True)]
