@@ -45,9 +45,8 @@ def parse_arguments() -> argparse.Namespace:
 
 def measure(options: argparse.Namespace) -> dict[str, float]:
     sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
-    import causal_lm
-    from data import load_texts
-    from models import load_causal_lm
+    from common.load_models import load_causal_lm
+    from common.running_text import blocks, load_texts
     from peft import get_peft_model
     from torch.utils.data import DataLoader
     from transformers import default_data_collator
@@ -59,7 +58,7 @@ def measure(options: argparse.Namespace) -> dict[str, float]:
     model, tokenizer = load_causal_lm(None)
     size = sum(p.numel() * p.element_size() for p in model.parameters())
     batches = DataLoader(
-        causal_lm.blocks(tokenizer, load_texts()[0], length)[:sequences],  # type: ignore[arg-type]
+        blocks(tokenizer, load_texts()[0], length)[:sequences],  # type: ignore[arg-type]
         batch_size=4,
         collate_fn=default_data_collator,
     )

@@ -36,12 +36,13 @@ from peft_fusion.observe.own_inputs import OWN_LENGTH, own_inputs
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 
-import causal_lm  # noqa: E402
 import compare_methods  # noqa: E402
-from data import WORDNET_NOUNS, draw, load_texts, parse_wordnet  # noqa: E402
-from measure import text_table  # noqa: E402
-from models import load_causal_lm  # noqa: E402
-from training import be_quiet  # noqa: E402
+from common import wordnet  # noqa: E402
+from common.fine_tuning import be_quiet  # noqa: E402
+from common.load_models import load_causal_lm  # noqa: E402
+from common.reporting import text_table  # noqa: E402
+from common.running_text import blocks, load_texts, perplexity  # noqa: E402
+from common.text_tasks import draw  # noqa: E402
 
 LAYERS = list(range(14, 30))
 LENGTH = 256  # tokens of a sequence of data; the model's own have OWN_LENGTH
@@ -107,8 +108,8 @@ class SmolLM2:
         self.options, small = options, options.smoke
         self.model, tokenizer = load_causal_lm(None)
         papers = load_texts()
-        self.held_out = causal_lm.blocks(tokenizer, papers[1], 512)[: 4 if small else 24]
-        self.compared = draw(causal_lm.blocks(tokenizer, papers[1], 64), 4 if small else 24)
+        self.held_out = blocks(tokenizer, papers[1], 512)[: 4 if small else 24]
+        self.compared = draw(blocks(tokenizer, papers[1], 64), 4 if small else 24)
         self.sequences = 8 if small else 128  # to calibrate on; as many again to tune on
         self.batches: list[dict[str, torch.Tensor]]
         if options.text == "own":
@@ -116,8 +117,8 @@ class SmolLM2:
             self.batches = own_text(self.model, 2 * self.sequences, options.json)
         else:
             texts = other_text() if options.text == "other" else papers[0]
-            blocks = causal_lm.blocks(tokenizer, texts, LENGTH)[: 2 * self.sequences]
-            self.batches = list(DataLoader(blocks, 8, collate_fn=default_data_collator))  # type: ignore[arg-type]
+            pieces = blocks(tokenizer, texts, LENGTH)[: 2 * self.sequences]
+            self.batches = list(DataLoader(pieces, 8, collate_fn=default_data_collator))  # type: ignore[arg-type]
         self.calibration: Any = None
 
     def rows(self) -> list[Row]:
@@ -140,14 +141,14 @@ class SmolLM2:
         """One variant at one width."""
         settings, calibrated = VARIANTS[name]
         if settings is None:
-            return {"perplexity": causal_lm.perplexity(self.model, self.held_out)}
+            return {"perplexity": perplexity(self.model, self.held_out)}
         config = FusionConfig(ratio=ratio, layers_to_transform=LAYERS, **settings)
         if calibrated:
             share_calibration(self, config)
         started = time.perf_counter()
         fused = get_peft_model(self.model, config)
         row = {"seconds to fuse": time.perf_counter() - started}
-        row["perplexity"] = causal_lm.perplexity(fused, self.held_out)
+        row["perplexity"] = perplexity(fused, self.held_out)
         report = fidelity(fused, DataLoader(self.compared, 8, collate_fn=default_data_collator))  # type: ignore[arg-type]
         row["FFN output error"] = statistics.mean(ffn.output.relative for ffn in report.ffns)
         row["Adam-NTK error"] = report.ntk.adam.relative
@@ -162,8 +163,8 @@ class SmolLM2:
         errors = tune_layers(fused, self.batches, tokens=TUNING_TOKENS, steps=5 if self.options.smoke else TUNING_STEPS)
         seconds = time.perf_counter() - started
         ratio = statistics.mean(after / before for before, after in errors.values())
-        perplexity = causal_lm.perplexity(fused, self.held_out)
-        return {"perplexity, tuned": perplexity, "FFN error, tuned / before": ratio, "seconds to tune": seconds}
+        tuned = perplexity(fused, self.held_out)
+        return {"perplexity, tuned": tuned, "FFN error, tuned / before": ratio, "seconds to tune": seconds}
 
 
 def share_calibration(task: SmolLM2, config: FusionConfig) -> None:
@@ -191,8 +192,8 @@ def own_text(model: PreTrainedModel, sequences: int, results: Path | None) -> li
 
 def other_text() -> list[str]:
     """Text that is not from papers: WordNet's glosses, forty a document."""
-    if WORDNET_NOUNS.is_file():
-        pairs = parse_wordnet(WORDNET_NOUNS.read_text(encoding="utf-8").splitlines())
+    if wordnet.NOUNS.is_file():
+        pairs = wordnet.glosses(wordnet.read_nouns())
         return ["\n".join(gloss for gloss, _ in pairs[start : start + 40]) for start in range(0, 16000, 40)]
     raise SystemExit("Calibration text of another domain: apt install wordnet-base, or use --text own.")
 

@@ -7,20 +7,18 @@ python examples/causal_lm.py --smoke     # the same path in less than a minute; 
 from __future__ import annotations
 
 import argparse
-import math
 import warnings
-from itertools import chain
 from typing import Any
 
-import torch
-from arguments import example_parser, layer_indices, output_folder, positive, rate, run, write_json
-from data import draw, load_texts
-from measure import folder_size, peak_memory, text_table
-from models import load_causal_lm
-from packages import InputError
+from common.command_line import example_parser, layer_indices, output_folder, positive, rate, run, write_json
+from common.errors import InputError
+from common.fine_tuning import be_quiet, fine_tune
+from common.load_models import load_causal_lm
+from common.reporting import folder_size, peak_memory, text_table
+from common.running_text import Block, blocks, load_texts, perplexity
+from common.text_tasks import draw
 from peft import PeftModel, get_peft_model
 from torch.utils.data import DataLoader
-from training import be_quiet, fine_tune
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, default_data_collator, set_seed
 
 from peft_fusion import FusionConfig, calibrate
@@ -31,9 +29,6 @@ CALIBRATION_BATCH, CALIBRATION_SEQUENCES = 8, 64
 STEPS, SMOKE_STEPS = 120, 3
 HELD_OUT_BLOCKS, SMOKE_BLOCKS = 48, 4
 SAMPLE_TOKENS = 60
-
-# `input_ids` and `labels` of one block of running text
-Block = dict[str, list[int]]
 
 
 def main() -> None:
@@ -113,27 +108,6 @@ def load_blocks(tokenizer: PreTrainedTokenizerBase, options: argparse.Namespace)
     if not (train and held_out):
         raise InputError(f"--text {options.text}: too short for blocks of {options.block} tokens")
     return draw(train, options.steps * BATCH_SIZE), draw(held_out, options.held_out_blocks)
-
-
-def blocks(tokenizer: PreTrainedTokenizerBase, texts: list[str], length: int) -> list[Block]:
-    """The texts' tokens, an end-of-text token between them, cut into blocks of `length`; the rest is dropped."""
-    end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-    tokens = list(chain.from_iterable(ids + end for ids in tokenizer(texts)["input_ids"]))
-    pieces = [tokens[start : start + length] for start in range(0, len(tokens) - length + 1, length)]
-    return [{"input_ids": piece, "labels": piece} for piece in pieces]
-
-
-@torch.no_grad()
-def perplexity(model: torch.nn.Module, held_out: list[Block]) -> float:
-    """exp of the mean loss per token, which is the mean over blocks, as all blocks have the same length."""
-    model.eval()
-    device = next(model.parameters()).device
-    losses = []
-    for start in range(0, len(held_out), BATCH_SIZE):
-        batch = default_data_collator(held_out[start : start + BATCH_SIZE])
-        loss = model(**{name: tensor.to(device) for name, tensor in batch.items()}).loss
-        losses += [float(loss)] * len(batch["input_ids"])
-    return math.exp(sum(losses) / len(losses))
 
 
 def merge(fused: PeftModel) -> PreTrainedModel:

@@ -7,7 +7,7 @@
 
 Every finished run is a line of RESULTS/runs.jsonl and is not run again, so that the grid can be stopped and resumed,
 and several processes can share it. Every row is fine-tuned in the same way, at the learning rate of the full model
-(LoRA at its own). The runs themselves are in comparison.py.
+(LoRA at its own). The rows are listed in common/grid_methods.py, and common/grid_run.py makes one run.
 """
 
 from __future__ import annotations
@@ -23,18 +23,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from arguments import fraction, positive, rate, run
-from compared_methods import METHODS
-from comparison import BATCH, Setting, compare
-from packages import InputError
-from paper_runs import PAPER, PAPER_UNDERSTANDING
-from training import be_quiet
+from common.command_line import fraction, positive, rate, run
+from common.errors import InputError
+from common.fine_tuning import be_quiet
+from common.grid_methods import FULL_WIDTH, METHODS
+from common.grid_run import BATCH, Setting, compare
+from common.paper_preset import PAPER, PAPER_UNDERSTANDING
 
 STEPS = 150
 Run = dict[str, Any]
 NOT_AVERAGED = ("method", "ratio", "seed")
 ONLY_IN_CSV = ("examples", "majority", "hidden-state error", "Adam-NTK cosine", "seconds to tune")
-WIDTHLESS = ("full", "full, FFNs and head", "LoRA")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -93,7 +92,7 @@ def setting(options: argparse.Namespace) -> Setting:
         test=options.test,
         layers=options.layers,
         learning_rate=options.learning_rate,
-        sentences=8 if options.smoke else 64,
+        sequences=8 if options.smoke else 64,
         compared_seed=options.seeds[0],
         training=precision(options.bf16) | options.settings,
     )
@@ -126,7 +125,7 @@ def grid(options: argparse.Namespace) -> list[tuple[str, float, int]]:
         (name, ratio, seed)
         for seed in options.seeds
         for name in options.methods
-        for ratio in ([1.0] if name in WIDTHLESS else options.ratios)
+        for ratio in ([1.0] if name in FULL_WIDTH else options.ratios)
     ]
 
 

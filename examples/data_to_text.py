@@ -19,14 +19,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from arguments import example_parser, output_folder, positive, run, write_json
-from data import draw
-from generation import bleu, bleu_library, generate, padded, text_perplexity, tokenise
-from linearise import Record, load_records
-from measure import text_table
-from models import load_causal_lm
-from paper_runs import FUSED, METHODS, add_options, check_methods, parse, prepare, training_steps
-from training import be_quiet, fine_tune
+from common.apply_method import FUSED, METHODS, prepare
+from common.command_line import example_parser, output_folder, positive, run, write_json
+from common.data_to_text_records import Record, load_records
+from common.fine_tuning import be_quiet, fine_tune
+from common.load_models import load_causal_lm
+from common.paper_preset import add_options, check_methods, parse, training_steps
+from common.prompted_texts import bleu, bleu_library, generate, padded, text_perplexity, tokenise
+from common.reporting import text_table
+from common.text_tasks import draw
 from transformers import PreTrainedTokenizerBase
 
 STEPS, TEST_RECORDS, MAX_NEW_TOKENS = 120, 64, 40

@@ -18,15 +18,16 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from arguments import example_parser, output_folder, positive, run, write_json
-from data import Example, draw
-from glue_tasks import TASKS, TaskData, load_task, measure
-from measure import text_table
-from models import classifier_path, load_classifier, load_tokenizer
-from paper_runs import FUSED, METHODS, PAPER_UNDERSTANDING, add_options, check_methods, parse, prepare, training_steps
-from train_row import merge
-from training import be_quiet, fine_tune
-from transformers import DataCollatorWithPadding, PreTrainedTokenizerBase, Trainer
+from common.apply_method import FUSED, METHODS, prepare
+from common.classifiers import save_merged, tokenize
+from common.command_line import example_parser, output_folder, positive, run, write_json
+from common.fine_tuning import be_quiet, fine_tune
+from common.glue_tasks import TASKS, TaskData, load_task, measure
+from common.load_models import classifier_path, load_classifier, load_tokenizer
+from common.paper_preset import PAPER_UNDERSTANDING, add_options, check_methods, parse, training_steps
+from common.reporting import text_table
+from common.text_tasks import draw
+from transformers import DataCollatorWithPadding, Trainer
 
 STEPS, SMOKE_STEPS, SMOKE_TEST = 120, 3, 32
 CALIBRATION_SEQUENCES = 512
@@ -114,7 +115,7 @@ def fine_tuned(task: TaskData, options: argparse.Namespace, seed: int, folder: P
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     if options.method != "full":
         model.save_pretrained(folder / "adapter")  # type: ignore[operator]
-    merged = merge(model, tokenizer, str(folder / "merged"))
+    merged = save_merged(model, tokenizer, str(folder / "merged"))
     return scores, {
         "steps": steps,
         "learning_rate": rate,
@@ -122,13 +123,6 @@ def fine_tuned(task: TaskData, options: argparse.Namespace, seed: int, folder: P
         "trainable": trainable,
         **merged,
     }
-
-
-def tokenize(tokenizer: PreTrainedTokenizerBase, examples: list[Example], length: int) -> list[dict[str, Any]]:
-    """Examples as token ids, at most `length`, and label."""
-    return [
-        {**tokenizer(text, pair, truncation=True, max_length=length), "labels": label} for text, pair, label in examples
-    ]
 
 
 def test(trainer: Trainer, examples: list[dict[str, Any]], metrics: tuple[str, ...]) -> dict[str, float]:

@@ -18,18 +18,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from arguments import example_parser, output_folder, run, write_json
-from data import load_text_classification
-from measure import text_table
-from models import classifier_path, load_classifier, load_tokenizer, logits
+from common.classifiers import accuracy, logits, tokenize
+from common.command_line import example_parser, output_folder, run, write_json
+from common.fine_tuning import be_quiet, fine_tune
+from common.load_models import classifier_path, load_classifier, load_tokenizer
+from common.reporting import text_table
+from common.text_tasks import load_text_classification
 from peft import LoraConfig, PeftModel, get_peft_model, inject_adapter_in_model
-from train_row import BATCH_SIZE, accuracy, tokenize
-from training import be_quiet, fine_tune
 from transformers import DataCollatorWithPadding, PreTrainedModel
 
 from peft_fusion import FusionConfig, fuse
-from peft_fusion.tuner.mixed import load_mixed, save_mixed
+from peft_fusion.tuner.mixed import load_mixed, save_mixed  # PEFT saves the adapters of a mixed model by no call
 
+BATCH_SIZE = 16
 STEPS, SMOKE_STEPS = 100, 2
 TEST_EXAMPLES, SMOKE_TEST_EXAMPLES = 2000, 32
 TOLERANCE = 1e-4  # of the largest logit

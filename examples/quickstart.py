@@ -3,9 +3,9 @@
     python examples/quickstart.py             # minutes on two CPU cores
     python examples/quickstart.py --smoke     # the same path in less than a minute; its figures mean nothing
 
-Each row is trained by the plain `Trainer` in a process of its own (train_row.py) and measured there. Then the
-fused model is reloaded in fresh processes, as adapter and as merged plain model, and its outputs are compared
-(reload.py). The methods themselves are in methods.py.
+Each row is trained by the plain `Trainer` in a process of its own (common/quickstart_row.py) and measured there. Then
+the fused model is reloaded in fresh processes, as adapter and as merged plain model, and its outputs are compared
+(common/quickstart_reload.py). The methods themselves are in common/quickstart_methods.py.
 """
 
 from __future__ import annotations
@@ -15,9 +15,10 @@ import time
 from pathlib import Path
 from typing import Any
 
-from arguments import example_parser, output_folder, rate, run, write_json
-from measure import run_fresh, text_table
-from methods import FUSED, METHODS
+from common.command_line import example_parser, output_folder, rate, run, write_json
+from common.fresh_process import run_fresh
+from common.quickstart_methods import FUSED, METHODS
+from common.reporting import text_table
 
 STEPS, SMOKE_STEPS = 120, 3
 TEST_EXAMPLES, SMOKE_TEST_EXAMPLES = 4000, 32  # at most
@@ -60,7 +61,7 @@ def parse_arguments() -> argparse.Namespace:
 def train(method: str, options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     print(f"{method}: {options.steps} steps", flush=True)
     return run_fresh(
-        "train_row.py",
+        "common.quickstart_row:train_row",
         method=method,
         model=options.model,
         dataset=options.dataset,
@@ -76,8 +77,8 @@ def train(method: str, options: argparse.Namespace, folder: Path) -> dict[str, A
 def reload(folder: Path, model: str | None) -> list[dict[str, Any]]:
     """What was saved of the fused model gives the same outputs again."""
     return [
-        run_fresh("reload.py", what="adapter", folder=str(folder), model=model),
-        run_fresh("reload.py", what="merged", folder=str(folder)),
+        run_fresh("common.quickstart_reload:reload_adapter", folder=str(folder), model=model),
+        run_fresh("common.quickstart_reload:reload_merged", folder=str(folder)),
     ]
 
 

@@ -13,10 +13,10 @@ EXAMPLES = Path(__file__).parents[2] / "examples"
 
 @pytest.fixture
 def example(monkeypatch: pytest.MonkeyPatch):
-    """Imports a module of the examples, which are scripts and no package; forgets them afterwards."""
+    """Imports a script of the examples, or one of their helpers (`common.NAME`); forgets them afterwards."""
     monkeypatch.syspath_prepend(str(EXAMPLES))
     before = set(sys.modules)
     yield importlib.import_module
     for name in set(sys.modules) - before:
-        if Path(getattr(sys.modules[name], "__file__", None) or "/").parent == EXAMPLES:
+        if EXAMPLES in Path(getattr(sys.modules[name], "__file__", None) or "/").parents:
             del sys.modules[name]

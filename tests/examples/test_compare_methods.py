@@ -54,7 +54,7 @@ def test_runs_of_another_setting_are_refused(compare, example, tmp_path, monkeyp
     monkeypatch.setattr(compare, "compare", lambda *_: {"accuracy": 0.5})
     run("--steps", "7")
     before = (tmp_path / "runs.jsonl").read_text()
-    with pytest.raises(example("packages").InputError, match="have steps 7, not 8: give another folder"):
+    with pytest.raises(example("common.errors").InputError, match="have steps 7, not 8: give another folder"):
         run("--steps", "8", "--seeds", "1")
     assert (tmp_path / "runs.jsonl").read_text() == before
     run("--steps", "7", "--seeds", "1")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -162,10 +161,10 @@ def test_modules_without_weights_are_refused_by_name(unchanged):
 
 
 @pytest.mark.real
-def test_gguf_file_is_fused_and_merged():
-    sys.path.append(str(Path(__file__).parents[2] / "examples"))
-    from models import load_causal_lm
-    from packages import InputError
+def test_gguf_file_is_fused_and_merged(monkeypatch):
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[3] / "examples"))
+    from common.errors import InputError
+    from common.load_models import load_causal_lm
 
     try:
         model, _ = load_causal_lm(None)

@@ -7,12 +7,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-import hub
 import numpy as np
-from data import Example, column_reader, load_text_classification
-from packages import InputError
 from scipy.stats import pearsonr, spearmanr  # type: ignore[import-untyped]
 from sklearn.metrics import f1_score, matthews_corrcoef  # type: ignore[import-untyped]
+
+from . import hub_datasets as hub
+from .errors import InputError
+from .text_tasks import Example, column_reader, load_text_classification
 
 HUB_ID = "nyu-mll/glue"
 

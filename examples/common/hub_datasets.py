@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from packages import InputError
+from .errors import InputError
 
 TEXT_COLUMNS = ("text", "sentence", "content", "review", "document", "question", "title")
 PAIR_COLUMNS = (
@@ -16,8 +16,6 @@ PAIR_COLUMNS = (
 )
 LABEL_COLUMNS = ("label", "labels", "category", "class", "target", "score")
 TEST_SPLITS = ("test", "validation", "validation_matched", "dev")
-
-
 READERS = {
     ".csv": "csv",
     ".tsv": "csv",

@@ -1,4 +1,5 @@
-"""One row of the quickstart's table: a method trains a classifier. Run by quickstart.py."""
+"""One row of the quickstart's table: a method trains a classifier. quickstart.py calls it in a
+process of its own."""
 
 from __future__ import annotations
 
@@ -6,17 +7,18 @@ import json
 from pathlib import Path
 from typing import Any
 
-from data import Example, TextClassification, load_text_classification
-from measure import folder_size, peak_memory, serve
-from methods import METHODS
-from models import classifier_path, load_classifier, load_tokenizer, logits
 from peft import PeftModel
 from torch.utils.data import DataLoader
-from training import be_quiet, fine_tune
-from transformers import DataCollatorWithPadding, PreTrainedModel, PreTrainedTokenizerBase, Trainer
+from transformers import DataCollatorWithPadding, PreTrainedModel, PreTrainedTokenizerBase
+
+from .classifiers import accuracy, logits, save_merged, tokenize
+from .fine_tuning import be_quiet, fine_tune
+from .load_models import classifier_path, load_classifier, load_tokenizer
+from .quickstart_methods import METHODS
+from .reporting import folder_size, peak_memory
+from .text_tasks import TextClassification, load_text_classification
 
 BATCH_SIZE = 16
-MAX_TOKENS = 64
 REFERENCE_TEXTS = 32
 
 
@@ -34,9 +36,9 @@ def train_row(
     """Trains, measures and saves.
 
     Args:
-        method: a key of `methods.METHODS`.
+        method: a key of `quickstart_methods.METHODS`.
         model: Hub id or local path; None: the default MiniLM.
-        dataset: see `data.load_text_classification`.
+        dataset: see `text_tasks.load_text_classification`.
         ratio: fraction of each FFN's neurons that fusion keeps.
         steps: training steps.
         max_test: most test examples, drawn at random.
@@ -78,21 +80,7 @@ def train_row(
         "saved_mb": folder_size(f"{folder}/saved"),
     }
     save_reference(trained, tokenizer, task, folder)
-    return row | merge(trained, tokenizer, f"{folder}/merged")
-
-
-def tokenize(tokenizer: PreTrainedTokenizerBase, examples: list[Example]) -> list[dict[str, Any]]:
-    """Examples as token ids and label."""
-    return [
-        {**tokenizer(text, pair, truncation=True, max_length=MAX_TOKENS), "labels": label}
-        for text, pair, label in examples
-    ]
-
-
-def accuracy(trainer: Trainer, test: list[dict[str, Any]]) -> float:
-    by_length = sorted(test, key=lambda example: len(example["input_ids"]))  # less padding
-    output = trainer.predict(by_length)
-    return float((output.predictions.argmax(-1) == output.label_ids).mean())
+    return row | save_merged(trained, tokenizer, f"{folder}/merged")
 
 
 def save_reference(
@@ -101,19 +89,7 @@ def save_reference(
     task: TextClassification,
     folder: str,
 ) -> None:
-    """Logits of some test examples, against which reload.py compares."""
+    """Logits of some test examples, against which quickstart_reload.py compares."""
     inputs = [[text, pair] for text, pair, _ in task.test[:REFERENCE_TEXTS]]
     reference = {"inputs": inputs, "logits": logits(model, tokenizer, inputs).tolist()}
     Path(folder, "reference.json").write_text(json.dumps(reference), encoding="utf-8")
-
-
-def merge(model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase, folder: str) -> dict[str, Any]:
-    """Saves what remains when the adapter is merged: a plain model, and the parameters it costs to run."""
-    plain = model.merge_and_unload() if isinstance(model, PeftModel) else model
-    plain.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return {"parameters": sum(p.numel() for p in plain.parameters()), "merged_mb": folder_size(folder)}
-
-
-if __name__ == "__main__":
-    serve(train_row)

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from packages import InputError
+from .errors import InputError
 
 
 def example_parser(description: str | None, *, model: str, ratio: float, steps: int) -> argparse.ArgumentParser:

@@ -6,6 +6,8 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from .trainable_parts import head, with_lora
+
 if TYPE_CHECKING:  # the heavy imports stand in the functions: listing the methods must not cost seconds
     from peft import PeftModel
     from transformers import PreTrainedModel
@@ -29,23 +31,6 @@ def full_fine_tuning(model: PreTrainedModel, ratio: float, batches: Batches) -> 
 
 def lora(model: PreTrainedModel, ratio: float, batches: Batches) -> PeftModel:
     return with_lora(model, "SEQ_CLS")
-
-
-def with_lora(model: PreTrainedModel, task_type: str) -> PeftModel:
-    """The LoRA that every example compares with."""
-    from peft import LoraConfig, get_peft_model
-
-    return get_peft_model(model, LoraConfig(task_type=task_type, r=16, lora_alpha=32, target_modules="all-linear"))
-
-
-def head(model: PreTrainedModel) -> list[str]:
-    """What trains beside the FFNs: PEFT adds the classifier, but BERT's pooler is a part of the head as well."""
-    return [name for name, _ in model.named_modules() if name.endswith("pooler")]
-
-
-def attention(model: PreTrainedModel) -> list[str]:
-    """The attention of every layer, for `modules_to_save`: what trains beside the FFNs where memory allows it."""
-    return [name for name, _ in model.named_modules() if name.split(".")[-1] in ("attention", "attn")]
 
 
 def fusion(model: PreTrainedModel, ratio: float, batches: Batches) -> PeftModel:

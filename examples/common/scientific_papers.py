@@ -12,7 +12,7 @@ import random
 from collections.abc import Iterator
 from pathlib import Path
 
-from packages import package_folder
+from .pip_files import package_folder
 
 ACLSUM = ("aclsum", "aclsum==0.1.2")
 SPLITS = {"train": ("train", "val"), "test": ("test",)}

@@ -1,41 +1,10 @@
-"""What the examples measure with: fresh processes, peak memory, sizes, tables. Imports nothing heavy."""
+"""What the examples report: peak memory, sizes of folders, tables. Imports nothing heavy."""
 
 from __future__ import annotations
 
-import json
-import subprocess
 import sys
-import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
-
-from packages import InputError
-
-
-def run_fresh(script: str, **options: Any) -> dict[str, Any]:
-    """Runs an example script in a process of its own and returns its result; the other end is `serve`.
-
-    A process of its own, because peak memory is a process's, and because what was saved has to prove itself
-    without anything that is still in memory. Exits with the script's status where it fails: it has told why.
-    """
-    with tempfile.TemporaryDirectory() as folder:
-        result = Path(folder) / "result.json"
-        path = Path(__file__).parent / script
-        status = subprocess.run([sys.executable, str(path), json.dumps(options), str(result)]).returncode
-        if status:
-            sys.exit(status)
-        return json.loads(result.read_text(encoding="utf-8"))
-
-
-def serve(function: Callable[..., dict[str, Any]]) -> None:
-    """The other end of `run_fresh`: calls `function` with the given options and hands its result back."""
-    options, path = sys.argv[1:]
-    try:
-        result = function(**json.loads(options))
-    except InputError as error:
-        sys.exit(f"error: {error}")
-    Path(path).write_text(json.dumps(result), encoding="utf-8")
 
 
 def peak_memory() -> float:

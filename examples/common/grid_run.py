@@ -9,25 +9,25 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import train_row
 from accelerate import Accelerator
-from arguments import layer_indices
-from compared_methods import METHODS, Method
-from data import load_text_classification
-from methods import attention, head, with_lora
-from models import classifier_path, load_classifier, load_tokenizer
 from peft import PeftModel, get_peft_model
 from torch.utils.data import DataLoader
-from training import fine_tune
 from transformers import DataCollatorWithPadding, PreTrainedModel, set_seed
 
 from peft_fusion import FusionConfig, calibrate, fidelity, tune_layers
-from peft_fusion.tuner.plan import plan_ffns
+
+from .classifiers import accuracy, tokenize
+from .command_line import layer_indices
+from .fine_tuning import fine_tune
+from .grid_methods import FULL_WIDTH, METHODS, Method
+from .load_models import classifier_path, load_classifier, load_tokenizer
+from .text_tasks import load_text_classification
+from .trainable_parts import attention, head, with_lora
 
 LORA_RATE = 1e-3  # every other row has the learning rate that suits the full model
 BATCH = 32
 TUNING_STEPS = {"hidden_states": 100, "ffn": 500}
-CALIBRATION_SENTENCES = 512
+CALIBRATION_SEQUENCES = 512
 
 
 @dataclass(frozen=True)
@@ -36,13 +36,13 @@ class Setting:
 
     Args:
         model: Hub id or local path; None: the default MiniLM.
-        dataset: see `data.load_text_classification`.
+        dataset: see `text_tasks.load_text_classification`.
         steps: of fine-tuning, on as many batches of training examples; None: `epochs` over all of them.
         epochs: see `steps`.
         test: most test examples; None for all.
-        layers: whose FFNs are narrowed, in words (`arguments.layer_indices`).
+        layers: whose FFNs are narrowed, in words (`command_line.layer_indices`).
         learning_rate: of every row but LoRA's.
-        sentences: held-out ones that the kernels are compared on.
+        sequences: held-out ones that the kernels are compared on.
         compared_seed: the seed whose runs are compared with the original before they are fine-tuned.
         training: further fields of `TrainingArguments`.
     """
@@ -54,7 +54,7 @@ class Setting:
     test: int | None
     layers: str
     learning_rate: float
-    sentences: int
+    sequences: int
     compared_seed: int
     training: dict[str, Any]
 
@@ -63,7 +63,7 @@ def compare(name: str, ratio: float, seed: int, setting: Setting) -> dict[str, A
     """One run.
 
     Args:
-        name: a key of `compared_methods.METHODS`.
+        name: a key of `grid_methods.METHODS`.
         ratio: fraction of each FFN's neurons that is kept.
         seed: of the head, the sampled examples, their order and the clustering.
         setting: what all runs share.
@@ -77,10 +77,10 @@ def compare(name: str, ratio: float, seed: int, setting: Setting) -> dict[str, A
     steps = setting.steps or math.ceil((setting.epochs or 1) * len(task.train) / BATCH)
     path = classifier_path(setting.model)
     tokenizer = load_tokenizer(path)
-    train, test = (train_row.tokenize(tokenizer, examples) for examples in (task.train, task.test))
+    train, test = (tokenize(tokenizer, examples) for examples in (task.train, task.test))
     collator = DataCollatorWithPadding(tokenizer)
     batches = DataLoader(train, BATCH, collate_fn=collator)  # type: ignore[arg-type]
-    held_out = DataLoader(test[: setting.sentences], 16, collate_fn=collator)  # type: ignore[arg-type]
+    held_out = DataLoader(test[: setting.sequences], 16, collate_fn=collator)  # type: ignore[arg-type]
     model = load_classifier(path, len(task.labels), seed).to("cuda" if torch.cuda.is_available() else "cpu")
     set_seed(seed)
     started = time.perf_counter()
@@ -88,7 +88,7 @@ def compare(name: str, ratio: float, seed: int, setting: Setting) -> dict[str, A
     figures: dict[str, Any] = {"seconds to fuse": time.perf_counter() - started}
     if method.tuned:
         figures |= tune(trained, method.tuned, batches, held_out, setting)
-    if method.settings is not None and seed == setting.compared_seed:
+    if name not in FULL_WIDTH and seed == setting.compared_seed:
         figures |= closeness(trained, held_out, setting)
     trainer, seconds = fine_tune(
         trained,
@@ -102,7 +102,7 @@ def compare(name: str, ratio: float, seed: int, setting: Setting) -> dict[str, A
     )
     trainable = sum(p.numel() for p in trained.parameters() if p.requires_grad) / 1e6
     figures |= {"seconds a step": seconds, "M parameters train": trainable, "examples": len(test)}
-    return figures | {"accuracy": train_row.accuracy(trainer, test), "majority": task.majority()}
+    return figures | {"accuracy": accuracy(trainer, test), "majority": task.majority()}
 
 
 def prepare(
@@ -120,18 +120,9 @@ def prepare(
         where = {"layers_to_transform": layers, "modules_to_save": head(model) + others}
         config = FusionConfig(task_type="SEQ_CLS", ratio=ratio, seed=seed, **where, **method.settings)
         if method.calibrated:
-            calibrate(model, config, batches, sequences=CALIBRATION_SENTENCES)
+            calibrate(model, config, batches, sequences=CALIBRATION_SEQUENCES)
         return get_peft_model(model, config)
-    if method.trains == "lora":
-        return with_lora(model, "SEQ_CLS")
-    if method.trains == "ffns":
-        planned = plan_ffns(model, FusionConfig(layers_to_transform=layers))
-        model.requires_grad_(False)
-        for module in [projection for p in planned for projection in p.ffn.projections]:
-            module.requires_grad_(True)
-        for name in [*head(model), "classifier"]:
-            model.get_submodule(name).requires_grad_(True)
-    return model
+    return with_lora(model, "SEQ_CLS") if method.trains == "lora" else model
 
 
 def tune(
@@ -141,7 +132,7 @@ def tune(
     held_out: Iterable[dict[str, Any]],
     setting: Setting,
 ) -> dict[str, float]:
-    """`tune_layers`, and what it does to the hidden states of sentences that it has not seen."""
+    """`tune_layers`, and what it does to the hidden states of sequences that it has not seen."""
     bf16 = bool(setting.training.get("bf16"))
     accelerator = Accelerator(mixed_precision="bf16" if bf16 else "no", cpu=bf16 and not torch.cuda.is_available())
     layerwise = {"learning_rate": setting.learning_rate, "accelerator": accelerator}
@@ -161,7 +152,7 @@ def tune(
 
 def closeness(model: PeftModel, held_out: Iterable[dict[str, Any]], setting: Setting) -> dict[str, float]:
     """How near the narrow model is to the original, in outputs and in tangent kernels."""
-    report = fidelity(model, held_out, sequences=setting.sentences)
+    report = fidelity(model, held_out, sequences=setting.sequences)
     return {
         "FFN output error": sum(ffn.output.relative for ffn in report.ffns) / len(report.ffns),
         "hidden-state error": report.hidden_states.relative,

@@ -1,4 +1,4 @@
-"""Reloads what the quickstart saved and compares logits. Run by quickstart.py in a fresh process."""
+"""Reloads what the quickstart saved and compares logits. quickstart.py calls it in a fresh process each."""
 
 from __future__ import annotations
 
@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from measure import serve
-from models import classifier_path, load_classifier, load_tokenizer, logits
-from training import be_quiet
+
+from .classifiers import logits
+from .fine_tuning import be_quiet
+from .load_models import classifier_path, load_classifier, load_tokenizer
 
 TOLERANCE = 1e-4  # of the largest logit
 
@@ -50,11 +51,3 @@ def compare(title: str, model: torch.nn.Module, tokenizer: str, reference: dict[
         sys.exit(f"{title}: outputs DIFFER: max difference {difference:.1e}, logits up to {scale:.2f}")
     print(f"{title}: outputs agree: max difference {difference:.1e} (logits up to {scale:.2f})", flush=True)
     return {"check": title, "max_difference": difference, "max_logit": scale}
-
-
-def reload(what: str, **options: Any) -> dict[str, Any]:
-    return reload_adapter(**options) if what == "adapter" else reload_merged(**options)
-
-
-if __name__ == "__main__":
-    serve(reload)

@@ -11,9 +11,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import hub
-from data import WORDNET_NOUNS, draw
-from packages import InputError
+from . import hub_datasets as hub
+from . import wordnet
+from .errors import InputError
+from .text_tasks import draw
 
 DATA_COLUMNS = ("modified_triple_sets", "mtriple_set", "triples", "input", "data")
 TEXT_COLUMNS = ("lex", "references", "text", "target")
@@ -47,9 +48,9 @@ def load_records(name: str = "wordnet") -> tuple[list[Record], list[Record]]:
     Raises:
         InputError: no such data set, its files are missing, or its columns cannot be told.
     """
+    if wordnet.is_wordnet(name):
+        return held_out(wordnet_records(wordnet.read_nouns(name)))
     path = Path(name)
-    if name == "wordnet" or path.name == "data.noun":
-        return held_out(wordnet_records(read_wordnet(WORDNET_NOUNS if name == "wordnet" else path)))
     if path.is_file() and path.suffix in (".json", ".jsonl"):
         return held_out(group(read_json_lines(path)))
     if (path / "train.jsonl").is_file():
@@ -129,10 +130,9 @@ def wordnet_records(lines: list[str]) -> list[Record]:
     """WordNet's nouns as data: (noun, also called, its synonyms), (noun, is a, hypernyms), (noun, class, ...) -> gloss.
 
     Args:
-        lines: of a `data.noun`.
+        lines: the entries of a `data.noun`.
     """
-    entries = [line.split(" | ", 1) for line in lines if not line.startswith("  ")]  # the licence is indented
-    parsed = [(fields.split(), gloss.split('; "')[0].strip()) for fields, gloss in entries]
+    parsed = [wordnet.split_entry(line) for line in lines]
     nouns = {fields[0]: fields[4 : 4 + 2 * int(fields[3], 16) : 2] for fields, _ in parsed}  # a word, then its sense
     records = []
     for fields, gloss in parsed:
@@ -142,15 +142,6 @@ def wordnet_records(lines: list[str]) -> list[Record]:
         triples = [[words[0], predicate, ", ".join(objects)] for predicate, objects in facts if objects]
         records.append(Record(linearise(triples), (gloss,)))
     return records
-
-
-def read_wordnet(path: Path) -> list[str]:
-    if not path.is_file():
-        raise InputError(
-            f"{path} does not exist: install WordNet (Debian, Ubuntu: apt install wordnet-base), or "
-            "give the path of its `data.noun`, JSON-lines, or a data set such as WebNLG as --dataset"
-        )
-    return path.read_text(encoding="utf-8").splitlines()
 
 
 def read_json_lines(path: Path) -> list[dict[str, Any]]:

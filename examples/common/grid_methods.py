@@ -11,11 +11,11 @@ class Method:
     """How a row comes about.
 
     Args:
-        settings: of the `FusionConfig`; None: the FFNs keep their width.
+        settings: of the `FusionConfig`; None: no fusion.
         calibrated: whether `calibrate` sees the training inputs first.
         tuned: the objective of `tune_layers`, which follows on the training inputs; "" for none.
         trains: "ffns" (FFNs and head, as a fused model by itself) or "attention" (these and the attention); without
-            settings also "all" or "lora".
+            settings "all" or "lora".
     """
 
     settings: dict[str, Any] | None = field(default_factory=dict)
@@ -27,7 +27,7 @@ class Method:
 PRUNING = {"method": "pruning"}
 METHODS = {
     "full": Method(None, trains="all"),
-    "full, FFNs and head": Method(None),
+    "full, FFNs and head": Method(PRUNING),
     "LoRA": Method(None, trains="lora"),
     "random narrow FFNs": Method({"init_weights": False}),
     "fusion": Method(),
@@ -52,3 +52,5 @@ METHODS = {
     "calibrated: pruning, FFNs tuned, attention trains": Method(PRUNING, True, "ffn", "attention"),
     "calibrated: fusion, FFNs tuned, attention trains": Method({}, True, "ffn", "attention"),
 }
+# Rows without a width: run once, as ratio 1, where nothing is left to prune
+FULL_WIDTH = ("full", "full, FFNs and head", "LoRA")

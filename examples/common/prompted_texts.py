@@ -8,9 +8,10 @@ from types import ModuleType
 from typing import Any
 
 import torch
-from packages import InputError
 from torch.utils.data import DataLoader
 from transformers import DataCollatorForSeq2Seq, PreTrainedTokenizerBase
+
+from .errors import InputError
 
 PROMPT = "{data}\nText:"
 IGNORED = -100  # no loss where a label is this

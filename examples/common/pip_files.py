@@ -5,9 +5,7 @@ from __future__ import annotations
 from importlib.util import find_spec
 from pathlib import Path
 
-
-class InputError(ValueError):
-    """A model or data set that the user named, or a default, cannot be had; the message says what to do."""
+from .errors import InputError
 
 
 def package_folder(module: str, requirement: str) -> Path:

@@ -1,6 +1,6 @@
-"""The examples' data: a real labelled text task and running text, from pip packages, files or the Hub.
+"""Labelled text tasks, from pip packages, files or the Hub.
 
-Labelled tasks (`load_text_classification`):
+By name (`load_text_classification`):
     papers    sentence of a scientific paper -> challenge, approach, outcome or none (default; from pip)
     wordnet   gloss of a noun -> its lexicographer class, 26 classes (from Debian, or a `data.noun`)
     any Hub id ("owner/name" or "owner/name:config") or local path of the `datasets` library
@@ -12,14 +12,12 @@ import random
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
-import hub
-import papers
-from packages import InputError
+from . import hub_datasets as hub
+from . import scientific_papers as papers
+from . import wordnet
 
-WORDNET_NOUNS = Path("/usr/share/wordnet/data.noun")
 # A text, and None or the second text of a pair; the index of its label (in a regression, the score)
 Example = tuple[str, "str | None", "int | float"]
 
@@ -60,8 +58,10 @@ def load_text_classification(name: str = "papers") -> TextClassification:
     """
     if name == "papers":
         return from_pairs(name, papers.role_task("train"), papers.role_task("test"))
-    if name == "wordnet" or Path(name).name == "data.noun":
-        return _wordnet(WORDNET_NOUNS if name == "wordnet" else Path(name))
+    if wordnet.is_wordnet(name):
+        pairs = draw(wordnet.glosses(wordnet.read_nouns(name)), None)
+        cut = len(pairs) // 10
+        return from_pairs("wordnet", pairs[cut:], pairs[:cut])
     return from_columns(name, hub.load(name))
 
 
@@ -102,48 +102,6 @@ def column_reader(name: str, train: Any, regression: bool = False) -> tuple[list
         return [(text, pair, found) for text, pair, found in rows if found is not None]
 
     return [str(value) for value in (names if names and not regression else values)], read
-
-
-def load_texts(name: str = "papers") -> tuple[list[str], list[str]]:
-    """Running text as (training documents, held-out documents).
-
-    Args:
-        name: "papers", a text file (its last tenth is held out), or a Hub id or local path for `datasets`.
-
-    Raises:
-        InputError: as `load_text_classification`.
-    """
-    if name == "papers":
-        return papers.paper_texts("train"), papers.paper_texts("test")
-    path = Path(name)
-    if path.suffix in (".txt", ".md") and path.is_file():
-        text = path.read_text(encoding="utf-8")
-        cut = len(text) * 9 // 10
-        return [text[:cut]], [text[cut:]]
-    train, test = hub.train_and_test(name, hub.load(name))
-    column = hub.text_columns(name, train.features)[0]
-    return list(train[column]), list(test[column])
-
-
-def parse_wordnet(lines: list[str]) -> list[tuple[str, str]]:
-    """(gloss, class) of each synset of a WordNet data file: the definition without its quoted examples."""
-    pairs = []
-    for line in lines:
-        if not line.startswith("  "):  # the licence, on top, is indented
-            fields, gloss = line.split(" | ", 1)
-            pairs.append((gloss.split('; "')[0].strip(), fields.split()[1]))
-    return pairs
-
-
-def _wordnet(path: Path) -> TextClassification:
-    if not path.is_file():
-        raise InputError(
-            f"{path} does not exist: install WordNet (Debian, Ubuntu: apt install wordnet-base), or "
-            "give the path of its `data.noun` as --dataset"
-        )
-    pairs = draw(parse_wordnet(path.read_text(encoding="utf-8").splitlines()), None)
-    cut = len(pairs) // 10
-    return from_pairs("wordnet", pairs[cut:], pairs[:cut])
 
 
 def draw(items: list, count: int | None, seed: int = 0) -> list:

