@@ -28,7 +28,7 @@ from peft import LoraConfig, PeftModel, get_peft_model, inject_adapter_in_model
 from transformers import DataCollatorWithPadding, PreTrainedModel
 
 from peft_fusion import FusionConfig, fuse
-from peft_fusion.tuner.mixed import load_mixed, save_mixed  # PEFT saves the adapters of a mixed model by no call
+from peft_fusion.tuner.mixed import load_mixed, save_mixed  # not public: PEFT itself cannot save a mixed model
 
 BATCH_SIZE = 16
 STEPS, SMOKE_STEPS = 100, 2

@@ -1,4 +1,4 @@
-"""Reloads what the quickstart saved and compares logits. quickstart.py calls it in a fresh process each."""
+"""Reloads what the quickstart saved and compares logits. quickstart.py calls it in fresh processes."""
 
 from __future__ import annotations
 

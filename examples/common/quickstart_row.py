@@ -1,5 +1,4 @@
-"""One row of the quickstart's table: a method trains a classifier. quickstart.py calls it in a
-process of its own."""
+"""One row of the quickstart's table: a method trains a classifier. quickstart.py calls it in a fresh process."""
 
 from __future__ import annotations
 
