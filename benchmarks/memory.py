@@ -4,10 +4,11 @@
     python benchmarks/memory.py --smoke          a small shape, seconds; its figures mean nothing
     python benchmarks/memory.py --json out.json  also as JSON
 
-Each row runs in a process of its own. On a GPU it is the most memory that tensors took. On a CPU it is resident
-memory less what the imports took; the peak starts anew once the model is set up (needs Linux), for setting up holds
-the full-width model, whatever is dropped afterwards: that peak is in the column "set-up". There the allocator is
-told to map every larger block on its own and to give it back when freed: else the holes that freed tensors leave
+The fused models are calibrated ones. Each row runs in a process of its own, once in fp32 and once in bf16 as `Trainer`
+has it (fp32 weights, forward pass under autocast). On a GPU it is the most memory that tensors took. On a CPU it is
+resident memory less what the imports took; the peak starts anew once the model is set up (needs Linux), for setting
+up holds the full-width model, whatever is dropped afterwards: that peak is in the column "set-up". There the allocator
+is told to map every larger block on its own and to give it back when freed: else the holes that freed tensors leave
 count as memory, differently in every run.
 """
 
@@ -23,6 +24,10 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import torch
+from peft import LoraConfig, get_peft_model
+from shapes import PRECISIONS, SMOKE, VOCABULARY, batch, fused, llama, native, trainable, training_step
+
 ROWS = ("native", "discard", "offload", "keep", "LoRA", "full")
 BAR = 1.05
 STEPS = 3
@@ -35,15 +40,23 @@ def main() -> None:
     if options.row:
         print(json.dumps(measure(options)))
         return
-    rows = {row: run_fresh(row) for row in ROWS}
-    print(f"{'':8} {'training MB':>12} {'set-up MB':>12} {'of native':>10}")
-    for row, peaks in rows.items():
-        of_native = peaks["training"] / rows["native"]["training"]
-        print(f"{row:8} {peaks['training']:12.1f} {peaks['set_up']:12.1f} {of_native:10.3f}")
-    ratio = rows["discard"]["training"] / rows["native"]["training"]
-    print(f"discard / native {ratio:.3f} (bar {BAR})")
+    rows = {precision: {row: run_fresh(row, precision) for row in ROWS} for precision in PRECISIONS}
+    print(f"{'':8}" + "".join(f"{precision + ' MB':>12} {'set-up MB':>12} {'of native':>10}" for precision in rows))
+    for row in ROWS:
+        cells = (
+            f"{found[row]['training']:12.1f} {found[row]['set_up']:12.1f} {of_native(found, row):10.3f}"
+            for found in rows.values()
+        )
+        print(f"{row:8}" + "".join(cells))
+    ratios = {precision: of_native(found, "discard") for precision, found in rows.items()}
+    print("discard / native " + ", ".join(f"{precision} {ratio:.3f}" for precision, ratio in ratios.items()), end="")
+    print(f" (bar {BAR})")
     if options.json:
-        options.json.write_text(json.dumps({"megabytes": rows, "ratio": ratio, "bar": BAR}, indent=2) + "\n")
+        options.json.write_text(json.dumps({"megabytes": rows, "ratio": ratios, "bar": BAR}, indent=2) + "\n")
+
+
+def of_native(rows: dict[str, dict[str, float]], row: str) -> float:
+    return rows[row]["training"] / rows["native"]["training"]
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -55,22 +68,19 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the figures to FILE")
     parser.add_argument("--smoke", action="store_true", help="a small shape: does it work?")
     parser.add_argument("--row", choices=ROWS, help=argparse.SUPPRESS)
+    parser.add_argument("--precision", choices=PRECISIONS, help=argparse.SUPPRESS)
     return parser.parse_args()
 
 
-def run_fresh(row: str) -> dict[str, float]:
+def run_fresh(row: str, precision: str) -> dict[str, float]:
     """One row, by this script in a process of its own."""
-    command = [sys.executable, __file__, *sys.argv[1:], "--row", row]
+    command = [sys.executable, __file__, *sys.argv[1:], "--row", row, "--precision", precision]
     result = subprocess.run(command, stdout=subprocess.PIPE, check=True, text=True, env=os.environ | ALLOCATOR)
     return json.loads(result.stdout.splitlines()[-1])
 
 
 def measure(options: argparse.Namespace) -> dict[str, float]:
     """Sets up one model, trains it for a few steps, and returns the peaks of both in MB."""
-    import torch
-    from peft import LoraConfig, get_peft_model
-    from shapes import SMOKE, VOCABULARY, batch, fused, llama, native, trainable, training_step
-
     sizes = SMOKE if options.smoke else {"layers": options.layers}
     make: dict[str, Callable[[], torch.nn.Module]] = {
         "native": lambda: native(options.ratio, **sizes),
@@ -88,14 +98,12 @@ def measure(options: argparse.Namespace) -> dict[str, float]:
     set_up = read_peak() - before
     start_peak()
     for _ in range(STEPS):
-        training_step(model, optimizer, inputs)
+        training_step(model, optimizer, inputs, options.precision)
     return {"set_up": set_up / MEGABYTE, "training": (read_peak() - before) / MEGABYTE}
 
 
 def start_peak() -> int:
     """Gives back what is free, forgets the peak so far, and returns the bytes in use."""
-    import torch
-
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
@@ -107,8 +115,6 @@ def start_peak() -> int:
 
 def read_peak() -> int:
     """The most bytes that were in use since `start_peak`."""
-    import torch
-
     return torch.cuda.max_memory_allocated() if torch.cuda.is_available() else status("VmHWM")
 
 

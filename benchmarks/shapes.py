@@ -9,8 +9,12 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from peft_fusion import FusionConfig
 from peft_fusion.ffn import find_ffns
+from peft_fusion.tuner.narrow import NarrowInProjection
 
 HIDDEN, WIDTH, LAYERS, VOCABULARY = 576, 1536, 30, 49152
+PRECISIONS = ("fp32", "bf16")
+"""bf16 as `TrainingArguments(bf16=True)` has it: weights in fp32, the forward pass under autocast to bf16."""
+
 SMOKE = {"layers": 2, "hidden": 96, "width": 256, "vocabulary": 512}
 
 
@@ -41,8 +45,16 @@ def native(ratio: float, **sizes: int) -> nn.Module:
 
 
 def fused(ratio: float, base_weights: str = "keep", **sizes: int) -> nn.Module:
-    """A full-width model with narrow FFNs in place; random ones, for clustering is not what is measured."""
-    return get_peft_model(llama(**sizes), FusionConfig(ratio=ratio, init_weights=False, base_weights=base_weights))
+    """A full-width model with narrow FFNs in place that have every scale that a calibrated one has.
+
+    Weights and scales are made up, for neither clustering nor calibrating is what is measured.
+    """
+    config = FusionConfig(ratio=ratio, init_weights=False, scale="counts", base_weights=base_weights)
+    model = get_peft_model(llama(**sizes), config)
+    for module in model.modules():
+        if isinstance(module, NarrowInProjection):  # the out-projections have theirs
+            module.scale = torch.ones(len(module.weight))
+    return model
 
 
 def trainable(model: nn.Module) -> list[nn.Parameter]:
@@ -54,7 +66,12 @@ def batch(size: int, length: int, vocabulary: int = VOCABULARY) -> dict[str, tor
     return {"input_ids": ids, "labels": ids}
 
 
-def training_step(model: nn.Module, optimizer: torch.optim.Optimizer, inputs: dict[str, torch.Tensor]) -> None:
-    model(**inputs).loss.backward()
+def training_step(
+    model: nn.Module, optimizer: torch.optim.Optimizer, inputs: dict[str, torch.Tensor], precision: str
+) -> None:
+    """One step in one of `PRECISIONS`."""
+    with torch.autocast(inputs["input_ids"].device.type, torch.bfloat16, enabled=precision == "bf16"):
+        loss = model(**inputs).loss
+    loss.backward()
     optimizer.step()
     optimizer.zero_grad()

@@ -9,6 +9,7 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 import pytest  # noqa: E402
 import torch  # noqa: E402
+from state import HANDED_OVER, changes, state_of  # noqa: E402
 from torch import nn  # noqa: E402
 from transformers.utils import logging  # noqa: E402
 
@@ -21,22 +22,16 @@ torch.set_num_threads(1)  # the models are tiny; two threads on a busy machine w
 
 @pytest.fixture
 def unchanged():
-    """A check that a refused call left a model exactly as it was: `check = unchanged(model)`, then `check()`."""
+    """A check that a call left a model, and torch, exactly as they were: `check = unchanged(model)`, then `check()`.
+
+    After a calibration that went well, `check(calibrated=True)`: what it found out waits on the model.
+    """
 
     def snapshot(model: nn.Module):
-        modules = [(name, id(module)) for name, module in model.named_modules()]
-        tensors = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-        trainable = {name: p.requires_grad for name, p in model.named_parameters()}
-        training = model.training
+        before = state_of(model)
 
-        def check() -> None:
-            assert [(name, id(module)) for name, module in model.named_modules()] == modules
-            assert model.state_dict().keys() == tensors.keys()
-            for name, tensor in model.state_dict().items():
-                assert torch.equal(tensor.nan_to_num(), tensors[name].nan_to_num()), name
-            assert {name: p.requires_grad for name, p in model.named_parameters()} == trainable
-            assert model.training == training
-            assert not getattr(model, "peft_config", None)
+        def check(calibrated: bool = False) -> None:
+            assert changes(before, state_of(model), f".{HANDED_OVER}" if calibrated else "") == []
 
         return check
 

@@ -51,9 +51,9 @@ def fused_projections(
     return result
 
 
-def random_projections(planned: PlannedFFN, recipe: Recipe) -> list[NarrowProjection]:
-    """Narrow projections of random weights."""
-    return _made_of(planned, recipe, lambda shape: torch.randn(shape) * 0.02)
+def random_projections(planned: PlannedFFN, recipe: Recipe, generator: torch.Generator) -> list[NarrowProjection]:
+    """Narrow projections of random weights, drawn by a generator on the CPU."""
+    return _made_of(planned, recipe, lambda shape: torch.randn(shape, generator=generator, device="cpu") * 0.02)
 
 
 def empty_projections(planned: PlannedFFN, recipe: Recipe) -> list[NarrowProjection]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+import torch
 from peft import PeftConfig
 from peft.tuners.tuners_utils import BaseTuner, _ExcludedModule
 from torch import Tensor, nn
@@ -76,7 +77,7 @@ class FusionModel(GuardedTuner):
         """Plans, makes the narrow weights and only then changes the model; see `BaseTuner.inject_adapter`."""
         check_adapter_name(adapter_name)
         self._state_dict = state_dict
-        self._weights_follow = low_cpu_mem_usage or nn.Linear(1, 1).weight.is_meta
+        self._weights_follow = low_cpu_mem_usage or _made_on_meta()
         self._projections: dict[str, tuple[NarrowProjection, PlannedFFN]] = {}
         try:
             super().inject_adapter(
@@ -141,7 +142,8 @@ class FusionModel(GuardedTuner):
         if loads:
             ffns = [empty_projections(planned, recipe) for planned in plan]
         elif not peft_config.init_weights:
-            ffns = [random_projections(planned, recipe) for planned in plan]
+            generator = torch.Generator().manual_seed(peft_config.seed)
+            ffns = [random_projections(planned, recipe, generator) for planned in plan]
         else:
             ffns = fused_projections(plan, peft_config, recipe, calibration)
             drop_calibration(model)
@@ -168,7 +170,7 @@ class FusionModel(GuardedTuner):
     ) -> None:
         projection, planned = self._projections[current_key]
         is_out = current_key == planned.ffn.projection_names[-1]
-        if nn.Linear(1, 1).weight.is_meta:
+        if _made_on_meta():
             projection.to("meta")
         layer = target if isinstance(target, FusionLayer) else FusionLayer(target, getattr(self.model, "dtype", None))
         layer.add_narrow(adapter_name, projection, planned.config_width if is_out else None)
@@ -202,3 +204,8 @@ def fuse(model: nn.Module, config: FusionConfig) -> nn.Module:
     for name, parameter in merged.named_parameters():
         parameter.requires_grad_(trainable.get(name, True))
     return merged
+
+
+def _made_on_meta() -> bool:
+    """Whether parameters made now have no memory, as under accelerate's `init_empty_weights`; draws no number."""
+    return nn.LayerNorm(1).weight.is_meta

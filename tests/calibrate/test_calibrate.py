@@ -63,7 +63,7 @@ def test_products_are_those_of_the_tokens_that_are_not_held_out(architecture, un
     check = unchanged(model)
     data = batches(architecture)
     calibrate(model, config, data)
-    check()
+    check(calibrated=True)
     statistics = found(model, config)
     assert len(statistics) == architecture.ffns
     expected = {name: torch.zeros(architecture.width, architecture.width) for name in statistics}
@@ -109,7 +109,7 @@ def test_a_model_can_make_its_own_inputs(architecture, unchanged):
     model, config = architecture.make(), FusionConfig(ratio=0.5)
     check, state = unchanged(model), torch.get_rng_state()
     calibrate(model, config, sequences=8, length=8)
-    check()
+    check(calibrated=True)
     assert torch.equal(torch.get_rng_state(), state)
     again = architecture.make()
     calibrate(again, config, sequences=8, length=8)
@@ -324,7 +324,7 @@ def test_a_model_without_gradients_is_fused_without_them(training, unchanged):
     check = unchanged(model)
     with pytest.warns(UserWarning, match="No gradients could be taken through .*estimated without them: RuntimeError"):
         calibrate(model, config, batches(bert))
-    check()
+    check(calibrated=True)
     assert all(not module._forward_hooks and not module._forward_pre_hooks for module in model.modules())
     assert all(statistic.tangents is None for statistic in found(model, config).values())
     get_peft_model(model, config)
@@ -338,7 +338,7 @@ def test_gradients_of_a_model_in_half_precision_leave_no_trace(dtype, unchanged)
     model.bert.embeddings.requires_grad_(False)
     check = unchanged(model)
     calibrate(model, config, batches(bert))
-    check()
+    check(calibrated=True)
     assert all(parameter.grad is None for parameter in model.parameters())
     for statistic in found(model, config).values():
         assert statistic.tangents.tokens.gradients.dtype == dtype

@@ -27,18 +27,6 @@ def report():
     return fidelity(fused_model(), [BERT.batch()])
 
 
-def state_of(model: nn.Module) -> dict:
-    return {
-        "training": {name: module.training for name, module in model.named_modules()},
-        "trainable": {name: p.requires_grad for name, p in model.named_parameters()},
-        "grads": {name: id(p.grad) for name, p in model.named_parameters()},
-        "values": {name: (id(p), p.detach().double().sum().item()) for name, p in model.named_parameters()},
-        "adapters": [(layer.disable_adapters, layer.active_adapter) for layer in fusion_layers(model)],
-        "hooks": sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules()),
-        "rng": torch.get_rng_state().tolist(),
-    }
-
-
 def breaks_on(call: int):
     """A function for the kernels that fails at one of its calls."""
     calls = []
@@ -54,59 +42,59 @@ def breaks_on(call: int):
 
 @pytest.mark.parametrize("disabled", [False, True])
 @pytest.mark.parametrize("failing", [None, 1, 3, 6])
-def test_the_model_is_as_it_was_also_after_an_error(disabled, failing):
+def test_the_model_is_as_it_was_also_after_an_error(disabled, failing, unchanged):
     model = fused_model().train()
     model.base_model.model.bert.encoder.layer[1].eval()
     next(model.parameters()).requires_grad_(True)
     model(**BERT.batch(labels=True)).loss.backward()
     if disabled:
         model.base_model.disable_adapter_layers()
-    before = state_of(model)
+    check = unchanged(model)
     if failing is None:
         fidelity(model, [BERT.batch()])
     else:
         with pytest.raises(RuntimeError, match="broken on purpose"):
             fidelity(model, [BERT.batch()], function=breaks_on(failing))
-    assert state_of(model) == before
+    check()
 
 
-def test_the_model_is_as_it_was_after_a_batch_it_does_not_take():
+def test_the_model_is_as_it_was_after_a_batch_it_does_not_take(unchanged):
     model = fused_model().train()
-    before = state_of(model)
+    check = unchanged(model)
     with pytest.raises(ValueError, match="Bert.* does not take a batch with the keys .'wrong'.: .*input_ids"):
         fidelity(model, [BERT.batch(), {"wrong": torch.ones(2, 3)}])
-    assert state_of(model) == before
+    check()
 
 
-def test_a_second_adapter_is_left_alone():
+def test_a_second_adapter_is_left_alone(unchanged):
     model = fused_model(ratio=0.25)
     model.add_adapter("wider", FusionConfig(ratio=0.5, task_type="SEQ_CLS"))
     model.set_adapter("wider")
-    before = state_of(model)
+    check = unchanged(model)
     assert {ffn.narrow_width for ffn in fidelity(model, [BERT.batch()]).ffns} == {32}
-    assert state_of(model) == before
+    check()
     model.set_adapter("default")
     assert {ffn.narrow_width for ffn in fidelity(model, [BERT.batch()]).ffns} == {16}
 
 
-def test_a_reference_is_left_alone():
+def test_a_reference_is_left_alone(unchanged):
     reference = BERT.make().train()
     narrow = fuse(BERT.make(), FusionConfig())
-    before = state_of(reference)
+    check = unchanged(reference)
     fidelity(narrow, [BERT.batch()], reference=reference)
-    assert state_of(reference) == before
+    check()
 
 
 @pytest.mark.parametrize("base_weights", ["offload", "discard"])
 def test_originals_that_are_set_aside(base_weights, report):
     model = fused_model(base_weights=base_weights)
-    before = state_of(model)["trainable"]
+    trainable = {name: p.requires_grad for name, p in model.named_parameters()}
     if base_weights == "discard":
         with pytest.raises(RuntimeError, match="were dropped"):
             fidelity(model, [BERT.batch()])
     found = fidelity(model, [BERT.batch()], reference=None if base_weights == "offload" else BERT.make())
     assert found.ntk == report.ntk and found.parameters == report.parameters and found.ffns == report.ffns
-    assert state_of(model)["trainable"] == before
+    assert {name: p.requires_grad for name, p in model.named_parameters()} == trainable
     assert all(layer.original_layer.weight.numel() == 0 for layer in fusion_layers(model))
 
 
@@ -142,11 +130,13 @@ def test_refuses_a_reference_that_is_another_model():
         fidelity(fused_model(), [BERT.batch()], reference=BY_NAME["llama"].make())
 
 
-def test_refuses_a_merged_adapter():
+def test_refuses_a_merged_adapter(unchanged):
     model = fused_model()
     model.merge_adapter()
+    check = unchanged(model)
     with pytest.raises(ValueError, match="merged.*unmerge_adapter"):
         fidelity(model, [BERT.batch()])
+    check()
 
 
 @pytest.mark.parametrize("name", ["max_batches", "sequences"])

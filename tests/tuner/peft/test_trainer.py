@@ -13,6 +13,8 @@ from peft import PeftModel, get_peft_model
 from test_mixed import injected
 from transformers import Trainer, TrainingArguments
 
+from peft_fusion import calibrate
+
 both = pytest.mark.parametrize("name", ["llama", "bert"])
 
 
@@ -46,35 +48,59 @@ def trained_state(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     return {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
 
 
+def full_state(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """Every parameter and every buffer, the scales among them; one of ones is as good as none."""
+    tensors = [*model.named_parameters(), *model.named_buffers()]
+    return {name: t.detach().clone() for name, t in tensors if not (name.endswith(".scale") and bool((t == 1).all()))}
+
+
+def check_same(resumed: torch.nn.Module, whole: torch.nn.Module, architecture: Architecture) -> None:
+    expected, found = full_state(whole), full_state(resumed)
+    assert found.keys() == expected.keys()
+    assert [key for key, tensor in found.items() if not torch.equal(tensor, expected[key])] == []
+    assert torch.equal(logits(resumed, architecture), logits(whole, architecture))
+
+
+def script(architecture: Architecture, calibrated: bool, **settings: Any) -> torch.nn.Module:
+    """What a training script makes before it trains."""
+    model, config = architecture.make(), half(architecture, **settings)
+    if calibrated:
+        calibrate(model, config, [architecture.batch(seed=seed, size=4) for seed in range(3)])
+    return get_peft_model(model, config)
+
+
 @both
 @pytest.mark.parametrize("base_weights", ["keep", "offload", "discard"])
 def test_resumed_run_equals_an_uninterrupted_one(name, base_weights, tmp_path):
     architecture = BY_NAME[name]
-
-    def fresh() -> torch.nn.Module:
-        return get_peft_model(architecture.make(), half(architecture, base_weights=base_weights))
-
-    whole = fresh()
-    trainer(whole, architecture, tmp_path).train()
-    resumed = fresh()
+    whole, resumed = (script(architecture, False, base_weights=base_weights) for _ in range(2))
     start = trained_state(resumed)
+    trainer(whole, architecture, tmp_path).train()
     trainer(resumed, architecture, tmp_path).train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
-    expected = trained_state(whole)
-    assert expected.keys() == start.keys()
-    for key, tensor in trained_state(resumed).items():
-        assert torch.equal(tensor, expected[key]), key
-        assert not torch.equal(tensor, start[key]), key
+    assert all(not torch.equal(tensor, start[key]) for key, tensor in trained_state(resumed).items())
+    check_same(resumed, whole, architecture)
+
+
+@both
+@pytest.mark.parametrize(("first", "second"), [(True, True), (True, False), (False, True)])
+def test_the_checkpoint_decides_whichever_script_calibrates(name, first, second, tmp_path):
+    architecture = BY_NAME[name]
+    whole, resumed = script(architecture, first), script(architecture, second)
+    assert (full_state(whole).keys() == full_state(resumed).keys()) == (first == second)  # a scale on both sides
+    trainer(whole, architecture, tmp_path).train()
+    trainer(resumed, architecture, tmp_path).train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
+    check_same(resumed, whole, architecture)
+    resumed.save_pretrained(tmp_path / "saved")
+    check_same(PeftModel.from_pretrained(architecture.make(), tmp_path / "saved"), whole, architecture)
 
 
 def test_lora_beside_fusion_resumes_too(tmp_path):
     llama = BY_NAME["llama"]
     whole, resumed = injected(llama), injected(llama)
+    assert all(any(kind in key for key in trained_state(whole)) for kind in ("lora_", "mlp_fusion_"))
     trainer(whole, llama, tmp_path).train()
     trainer(resumed, llama, tmp_path).train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
-    expected = trained_state(whole)
-    assert any("lora_" in key for key in expected) and any("mlp_fusion_" in key for key in expected)
-    for key, tensor in trained_state(resumed).items():
-        assert torch.equal(tensor, expected[key]), key
+    check_same(resumed, whole, llama)
 
 
 @both
