@@ -7,26 +7,25 @@ A sub-MLP's output is the random vector h_i(x) w2_i, so that over the calibratio
     ntk:      adds the gradient features, h_i for w2_i and h'_i |w2_i| |x| for each in-weight:
               K_ij + a E[h_i h_j] + sum_k b_k E[h'_ik h'_jk |x|^2] <w2_i, w2_j>
 
-With d the gradient of the model's log-likelihood by what the FFN puts out, F is the Fisher information of that output:
-the squared length of an error in its metric is, to second order, the change of the model's predictions. What the layers
-above do not look at costs nothing there.
-
-The first two do not depend on how a sub-MLP is parametrised; the last does, as gradients do, and is taken in the
-balanced coordinates of `symmetry`. Its parts are given equal traces.
+F is the Fisher information of what the FFN puts out (see `metric`). All but the last and that of the weights do not
+depend on how a sub-MLP is parametrised; the last does, as gradients do, and is taken in the balanced coordinates of
+`symmetry`. Its parts are given equal traces.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
 
 import torch
 from torch import Tensor
 
 from .activations import Activation, look_inside
 from .cluster.gram import gram_matrix
+from .known import KnownFFN
 from .symmetry import balancing_factors, rescale
 from .weights import FFNWeights
-
-FLATTENING = 0.1
-"""How much of the identity is added to the Fisher information, relative to its mean eigenvalue: it is an estimate."""
 
 
 def weight_kernel(weights: FFNWeights, homogeneity: int | None = None) -> Tensor:
@@ -34,7 +33,7 @@ def weight_kernel(weights: FFNWeights, homogeneity: int | None = None) -> Tensor
 
     Args:
         weights: the FFN's weights.
-        homogeneity: for a plain FFN, its activation's homogeneity of homogeneity; None if it has none.
+        homogeneity: for a plain FFN, its activation's degree of homogeneity; None if it has none.
 
     Returns:
         Symmetric tensor of shape (neurons, neurons).
@@ -57,33 +56,6 @@ def output_kernel(out_weight: Tensor, second_moment: Tensor) -> Tensor:
     return gram_matrix([out_weight]).mul_(second_moment.to(out_weight.device))
 
 
-def metric(fisher: Tensor) -> Tensor:
-    """The metric M in which outputs are compared, <y, M y>: the Fisher information at a common size, flattened.
-
-    Args:
-        fisher: E[d d^T], tensor of shape (out_dim, out_dim), of any scale.
-
-    Returns:
-        Tensor of the same shape and device in float64, of mean eigenvalue 1 + `FLATTENING`.
-    """
-    scaled = fisher.double() / fisher.diagonal().mean().clamp(min=1e-30)
-    scaled.diagonal().add_(FLATTENING)
-    return scaled
-
-
-def metric_root(fisher: Tensor) -> Tensor:
-    """The symmetric root R of the metric: <y, M y> = |R y|^2.
-
-    Args:
-        fisher: E[d d^T], tensor of shape (out_dim, out_dim), of any scale.
-
-    Returns:
-        Tensor of the same shape, dtype and device.
-    """
-    values, vectors = torch.linalg.eigh(metric(fisher))
-    return (vectors * values.clamp(min=0).sqrt() @ vectors.T).to(fisher.dtype)
-
-
 def ntk_kernel(
     weights: FFNWeights,
     second_moment: Tensor,
@@ -98,7 +70,7 @@ def ntk_kernel(
         second_moment: E[h h^T], tensor of shape (neurons, neurons).
         inputs: tensor of shape (tokens, in_dim), for the derivatives.
         activation: the activation function.
-        homogeneity: for a plain FFN, its activation's homogeneity of homogeneity; None if it has none.
+        homogeneity: for a plain FFN, its activation's degree of homogeneity; None if it has none.
 
     Returns:
         Symmetric tensor of shape (neurons, neurons).
@@ -120,3 +92,47 @@ def ntk_kernel(
 def _moment(values: Tensor) -> Tensor:
     """E[v v^T] over the rows."""
     return values.T @ values / max(len(values), 1)
+
+
+def _outputs_of(ffn: KnownFFN) -> Tensor:
+    return output_kernel(ffn.seen_weight, ffn.second_moment)
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """What neurons can be compared by.
+
+    Args:
+        between: the inner products between an FFN's neurons, shape (neurons, neurons).
+        needs_statistics: whether the model has to be calibrated for it.
+        needs_gradients: whether the model has to have gradients for it: it compares outputs in their metric, in which
+            then all errors of outputs are measured.
+    """
+
+    between: Callable[[KnownFFN], Tensor]
+    needs_statistics: bool = True
+    needs_gradients: bool = False
+
+
+KERNELS: Mapping[str, Kernel] = MappingProxyType(
+    {
+        "weights": Kernel(lambda ffn: weight_kernel(ffn.weights, ffn.homogeneity), needs_statistics=False),
+        "outputs": Kernel(_outputs_of),
+        "fisher": Kernel(_outputs_of, needs_gradients=True),
+        "ntk": Kernel(
+            lambda ffn: ntk_kernel(ffn.weights, ffn.second_moment, ffn.inputs, ffn.activation, ffn.homogeneity)
+        ),
+    }
+)
+"""All kernels, the paper's first."""
+
+
+def find_kernel(name: str) -> Kernel:
+    """A kernel by name.
+
+    Raises:
+        ValueError: if there is none of that name.
+    """
+    if name not in KERNELS:
+        raise ValueError(f"`kernel` must be one of {', '.join(KERNELS)}, but got {name!r}.")
+    return KERNELS[name]

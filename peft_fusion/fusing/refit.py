@@ -7,6 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .metric import in_metric
+
 STRENGTHS = (0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0)
 """Strengths of the ridge that are tried, relative to the second moment of each hidden activation."""
 
@@ -119,16 +121,8 @@ def _floored(diagonal: Tensor, moments: Moments) -> Tensor:
     return torch.maximum(diagonal, FLOOR * power.clamp(min=0) + 1e-30)
 
 
-def seen(weight: Tensor, root: Tensor | None) -> Tensor:
-    """Out-weights or a bias (..., out_dim) in the coordinates of a metric's root (out_dim, out_dim); None: as it is.
-
-    Turning the weights is much cheaper than turning what they put out for every token.
-    """
-    return weight if root is None else weight @ root.to(weight)
-
-
 def refit(
-    moments: Moments, prior: Tensor, held_out: SampleMoments, with_bias: bool, root: Tensor | None = None
+    moments: Moments, prior: Tensor, held_out: SampleMoments, with_bias: bool, metric_root: Tensor | None = None
 ) -> Refit:
     """Fits the out-projection by ridge regression, shrunk towards a solution that needs no data.
 
@@ -144,7 +138,7 @@ def refit(
         prior: the out-weights without a refit, shape (width, out_dim).
         held_out: over held-out tokens, with the original's outputs in the metric's coordinates.
         with_bias: whether the FFN has an out-bias to adapt; none is invented.
-        root: of the metric in which errors are measured; None: the plain one.
+        metric_root: of the metric in which errors are measured; None: the plain one.
 
     Returns:
         The best fit.
@@ -167,7 +161,7 @@ def refit(
         return mean_out - moments.mean @ weight if with_bias else None
 
     start = prior.double()
-    seen_start, seen_cross, seen_mean = (seen(value, root) for value in (start, cross, moments.mean_out))
+    seen_start, seen_cross, seen_mean = (in_metric(value, metric_root) for value in (start, cross, moments.mean_out))
     best, error = float("inf"), held_out.error(seen_start)
     for strength in STRENGTHS:  # in the metric's coordinates, which the solution may be turned to before or after
         weight = solve(strength, seen_cross, seen_start)

@@ -89,7 +89,7 @@ def balance(weights: FFNWeights, homogeneity: int | None = None) -> FFNWeights:
 
     Args:
         weights: an FFN's weights.
-        homogeneity: for a plain FFN, its activation's homogeneity of homogeneity; None if it has none.
+        homogeneity: for a plain FFN, its activation's degree of homogeneity; None if it has none.
     """
     factor = balancing_factors(weights, homogeneity)
     if factor is not None:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .kernels import metric
+from .metric import metric
 from .neurons import most_salient
 from .statistics import FFNStatistics
 from .weights import FFNWeights

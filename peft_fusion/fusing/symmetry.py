@@ -1,7 +1,7 @@
 """The symmetries of a sub-MLP: rescalings of its weights that leave its function unchanged.
 
 A gated sub-MLP is unchanged by (w_up, b_up, w_out) -> (a w_up, a b_up, w_out / a) for every a != 0; a plain one
-whose activation is homogeneous of homogeneity k (ReLU: 1, squared ReLU: 2) by (w_in, b_in, w_out) -> (a w_in, a b_in,
+whose activation is homogeneous of degree k (ReLU: 1, squared ReLU: 2) by (w_in, b_in, w_out) -> (a w_in, a b_in,
 w_out / a^k) for every a > 0. Distances between sub-MLPs mean something only in coordinates that do not depend on
 such a choice, so neurons are balanced before they are clustered, and centroids are given their cluster's typical
 scale back: Adam's steps do depend on the scale.
@@ -20,7 +20,7 @@ def balancing_factors(weights: FFNWeights, homogeneity: int | None = None) -> Te
 
     Args:
         weights: an FFN's weights.
-        homogeneity: for a plain FFN, the homogeneity of homogeneity of its activation; None if it is not homogeneous.
+        homogeneity: for a plain FFN, the degree of homogeneity of its activation; None if it is not homogeneous.
 
     Returns:
         Tensor of shape (neurons,), or None if the FFN has no such symmetry. Gated: the sign makes the up-weights'
@@ -50,7 +50,7 @@ def rescale(weights: FFNWeights, factor: Tensor, homogeneity: int = 1) -> FFNWei
     Args:
         weights: an FFN's weights (gated: the up-projection is rescaled, the gate is not).
         factor: tensor of shape (neurons,), nowhere 0.
-        homogeneity: the activation's homogeneity of homogeneity (1 for gated FFNs).
+        homogeneity: the activation's degree of homogeneity (1 for gated FFNs).
 
     Returns:
         The rescaled weights, of the factor's dtype.

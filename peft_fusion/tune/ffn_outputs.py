@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..fusing.kernels import metric_root
+from ..fusing.metric import metric_root
 from ..observe.batches import padding_mask, single_sequences
 from ..observe.fisher import fisher_information
 from ..observe.networks import Batch, Network

@@ -9,26 +9,24 @@ from torch import Tensor
 
 from ..ffn import blank_like, check_finite, find_activation, projection_tensors, read_ffn
 from ..fusing.calibrated import fuse_calibrated
-from ..fusing.methods import narrow_by
+from ..fusing.methods import find_method, narrow_by
 from ..fusing.methods.svd import rank_factors
+from ..fusing.recipe import Recipe
 from ..fusing.rows import balance
 from ..fusing.weights import FFNWeights, NarrowFFN
 from ..progress import progress
 from .calibration import Calibration
-from .config import FusionConfig
 from .narrow import LowRankProjection, NarrowInProjection, NarrowOutProjection, NarrowProjection
 from .plan import PlannedFFN
-from .recipe import Recipe
 
 
 def fused_projections(
-    plan: Sequence[PlannedFFN], config: FusionConfig, recipe: Recipe, calibration: Calibration | None
+    plan: Sequence[PlannedFFN], recipe: Recipe, calibration: Calibration | None
 ) -> list[list[NarrowProjection]]:
     """The narrow projections of every planned FFN, made from the weights that the model holds.
 
     Args:
         plan: what to fuse, and to what width.
-        config: the settings of the clustering.
         recipe: how.
         calibration: statistics for each planned FFN, if the recipe needs them.
 
@@ -43,10 +41,10 @@ def fused_projections(
     result = []
     for planned in progress(plan, "Fusing FFNs"):
         weights = read_ffn(planned.ffn)  # one at a time: what is quantised or partitioned is whole while it is read
-        if recipe.method == "svd":
+        if find_method(recipe.method).low_rank:
             result.append(_low_rank(weights, planned))
         else:
-            narrow = _narrow_ffn(weights, planned, config, recipe, calibration)
+            narrow = _narrow_ffn(weights, planned, recipe, calibration)
             result.append(_projections(narrow, planned, recipe))
     return result
 
@@ -61,36 +59,13 @@ def empty_projections(planned: PlannedFFN, recipe: Recipe) -> list[NarrowProject
     return _made_of(planned, recipe, lambda shape: torch.full(shape, torch.nan))
 
 
-def _narrow_ffn(
-    weights: FFNWeights, planned: PlannedFFN, config: FusionConfig, recipe: Recipe, calibration: Calibration | None
-) -> NarrowFFN:
+def _narrow_ffn(weights: FFNWeights, planned: PlannedFFN, recipe: Recipe, calibration: Calibration | None) -> NarrowFFN:
     """One narrow FFN by the recipe."""
-    if recipe.calibration and calibration is not None and planned.width < planned.ffn.width:
-        return fuse_calibrated(
-            weights,
-            planned.width,
-            calibration.take(planned.ffn.name),
-            find_activation(planned.ffn),
-            method=recipe.method,
-            kernel=recipe.kernel,
-            representative=recipe.representative,
-            refit=recipe.refit,
-            scale=recipe.scale,
-            homogeneity=planned.ffn.homogeneity,
-            n_init=config.n_init,
-            max_iter=config.max_iter,
-            seed=config.seed,
-        )
-    return narrow_by(
-        recipe.method,
-        weights,
-        planned.width,
-        homogeneity=planned.ffn.homogeneity,
-        n_init=config.n_init,
-        max_iter=config.max_iter,
-        seed=config.seed,
-        keep=config.keep_neurons,
-    )
+    homogeneity = planned.ffn.homogeneity
+    if not recipe.calibration or calibration is None or planned.width == planned.ffn.width:
+        return narrow_by(weights, planned.width, recipe, homogeneity)
+    statistics = calibration.take(planned.ffn.name)
+    return fuse_calibrated(weights, planned.width, statistics, find_activation(planned.ffn), recipe, homogeneity)
 
 
 def _projections(narrow: NarrowFFN, planned: PlannedFFN, recipe: Recipe) -> list[NarrowProjection]:
@@ -149,7 +124,7 @@ def _made_of(planned: PlannedFFN, recipe: Recipe, make: Callable[[tuple[int, ...
         }
         scale = shapes.get(f"{name}.scale")
         ones = None if scale is None else torch.ones(scale, device=like.device)
-        if recipe.method == "svd":
+        if find_method(recipe.method).low_rank:
             projections.append(LowRankProjection(own["weight"], own["weight_in"], own.get("bias")))
         elif name == planned.ffn.projection_names[-1]:
             projections.append(NarrowOutProjection(own["weight"], own.get("bias"), ones))

@@ -8,11 +8,11 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers.utils import cached_file
 
+from ..fusing.recipe import Recipe
 from .config import FusionConfig
 from .layer import FusionLayer
 from .narrow import NarrowProjection
 from .plan import PlannedFFN
-from .recipe import Recipe
 
 WEIGHTS_FILE = "adapter_model.safetensors"
 

@@ -9,12 +9,19 @@ from typing import Any
 from peft import PeftConfig
 from peft.utils import PeftType
 
-METHODS = ("fusion", "clustering", "sketch", "mmd", "svd", "pruning")
-KERNELS = ("auto", "weights", "outputs", "fisher", "ntk")
-REPRESENTATIVES = ("auto", "centroid", "neuron")
-REFITS = ("auto", "ridge", "none")
+from ..fusing.kernels import KERNELS
+from ..fusing.methods import METHODS
+from ..fusing.recipe import AUTO, REFITS, REPRESENTATIVES, SCALES
+
 BASE_WEIGHTS = ("keep", "offload", "discard")
-SCALES = ("auto", "counts", "ntk", "none")
+CHOICES = {
+    "method": tuple(METHODS),
+    "kernel": (AUTO, *KERNELS),
+    "representative": (AUTO, *REPRESENTATIVES),
+    "refit": (AUTO, *REFITS),
+    "scale": (AUTO, *SCALES),
+    "base_weights": BASE_WEIGHTS,
+}
 
 
 @dataclass
@@ -92,11 +99,15 @@ class FusionConfig(PeftConfig):
         default=None,
         metadata={"help": "Further modules that are trained and saved in full, a classifier say."},
     )
-    method: str = field(default="fusion", metadata={"help": f"One of {METHODS}."})
-    kernel: str = field(default="auto", metadata={"help": f"What neurons are compared by: {KERNELS}."})
-    representative: str = field(default="auto", metadata={"help": f"What stands for a cluster: {REPRESENTATIVES}."})
-    refit: str = field(default="auto", metadata={"help": f"How the out-projection is fitted anew: {REFITS}."})
-    scale: str = field(default="auto", metadata={"help": f"The standalone scale of the hidden units: {SCALES}."})
+    method: str = field(default="fusion", metadata={"help": f"One of {CHOICES['method']}."})
+    kernel: str = field(default="auto", metadata={"help": f"What neurons are compared by: {CHOICES['kernel']}."})
+    representative: str = field(
+        default="auto", metadata={"help": f"What stands for a cluster: {CHOICES['representative']}."}
+    )
+    refit: str = field(default="auto", metadata={"help": f"How the out-projection is fitted anew: {CHOICES['refit']}."})
+    scale: str = field(
+        default="auto", metadata={"help": f"The standalone scale of the hidden units: {CHOICES['scale']}."}
+    )
     keep_neurons: int = field(default=0, metadata={"help": "For method 'sketch': neurons that are kept exactly."})
     base_weights: str = field(
         default="keep", metadata={"help": f"What becomes of the original FFN weights: {BASE_WEIGHTS}."}
@@ -117,15 +128,11 @@ class FusionConfig(PeftConfig):
         super().__post_init__()
         self.peft_type = PeftType.MLP_FUSION
         self._check_widths()
-        self._check_choice("method", METHODS)
-        self._check_choice("kernel", KERNELS)
-        self._check_choice("representative", REPRESENTATIVES)
-        self._check_choice("refit", REFITS)
-        self._check_choice("scale", SCALES)
+        for name, choices in CHOICES.items():
+            self._check_choice(name, choices)
         keep = self.keep_neurons
         if isinstance(keep, bool) or not isinstance(keep, int) or keep < 0:
             raise ValueError(f"`keep_neurons` must be an integer of at least 0, but got {keep!r}.")
-        self._check_choice("base_weights", BASE_WEIGHTS)
         for name in ("n_init", "max_iter"):
             if getattr(self, name) is not None:
                 self._check_positive_int(name, getattr(self, name))

@@ -9,6 +9,7 @@ from peft import PeftConfig
 from peft.tuners.tuners_utils import BaseTuner, _ExcludedModule
 from torch import Tensor, nn
 
+from ..fusing.settle import settle
 from .build import empty_projections, fused_projections, random_projections
 from .calibration import calibration_for, drop_calibration
 from .checkpoint import check_checkpoint, narrow_state_dict
@@ -17,7 +18,7 @@ from .guarded import GuardedTuner, check_adapter_name
 from .layer import FusionLayer
 from .narrow import NarrowProjection
 from .plan import PlannedFFN, plan_ffns
-from .recipe import settle
+from .recipe import asked_recipe, recorded_recipe
 from .registration import forget_refused_adapter
 
 
@@ -137,7 +138,8 @@ class FusionModel(GuardedTuner):
         loads = peft_config.fused or self._weights_follow or self._state_dict is not None
         calibration = None if loads else calibration_for(model, plan)
         source, gradients = (calibration.source, calibration.has_gradients) if calibration else ("", False)
-        recipe = settle(peft_config, source, gradients)
+        recorded = recorded_recipe(peft_config) if peft_config.fused else None
+        recipe = recorded or settle(asked_recipe(peft_config), source, gradients)
         check_checkpoint(model, peft_config, plan, recipe)
         if loads:
             ffns = [empty_projections(planned, recipe) for planned in plan]
@@ -145,7 +147,7 @@ class FusionModel(GuardedTuner):
             generator = torch.Generator().manual_seed(peft_config.seed)
             ffns = [random_projections(planned, recipe, generator) for planned in plan]
         else:
-            ffns = fused_projections(plan, peft_config, recipe, calibration)
+            ffns = fused_projections(plan, recipe, calibration)
             drop_calibration(model)
         for planned, projections in zip(plan, ffns, strict=True):
             for name, projection in zip(planned.ffn.projection_names, projections, strict=True):

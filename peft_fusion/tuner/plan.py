@@ -22,10 +22,11 @@ from ..ffn import (
     target_widths,
     unreadable_projections,
 )
+from ..fusing.methods import find_method
 from ..fusing.methods.svd import rank_for
+from ..fusing.recipe import Recipe
 from .config import FusionConfig
 from .layer import FusionLayer
-from .recipe import Recipe
 
 
 @dataclass(frozen=True)
@@ -43,7 +44,7 @@ class PlannedFFN:
         for name, module in zip(names, modules, strict=True):
             is_out = name == names[-1]
             in_features, out_features = features(module)
-            if recipe.method == "svd":
+            if find_method(recipe.method).low_rank:
                 rank, rows = self.rank(name), out_features
                 shapes[f"{name}.weight"], shapes[f"{name}.weight_in"] = (rows, rank), (rank, in_features)
             else:
@@ -101,7 +102,9 @@ def plan_ffns(
             check_can_leave(ffn, config.base_weights)
     _check_unshared(model, [ffn for ffn in ffns if ffn.name in widths])
     _check_modules_to_save(model, config)
-    kept = {ffn.name: ffn.width for ffn in ffns} if config.method == "svd" else {}  # merged, they are as wide as ever
+    kept = (
+        {ffn.name: ffn.width for ffn in ffns} if find_method(config.method).low_rank else {}
+    )  # merged, they are as wide as ever
     stated = config_widths(model, ffns, {name: kept.get(name, width) for name, width in widths.items()})
     return [PlannedFFN(ffn, widths[ffn.name], stated[ffn.name]) for ffn in ffns if ffn.name in widths]
 

@@ -12,10 +12,13 @@ from torch.nn.functional import gelu, relu, silu
 from peft_fusion.fusing import calibrated
 from peft_fusion.fusing.activations import look_inside
 from peft_fusion.fusing.calibrated import fuse_calibrated
-from peft_fusion.fusing.kernels import FLATTENING, metric_root, ntk_kernel, output_kernel, weight_kernel
+from peft_fusion.fusing.kernels import ntk_kernel, output_kernel, weight_kernel
+from peft_fusion.fusing.metric import FLATTENING, metric_root
 from peft_fusion.fusing.neurons import eliminate, most_salient_of_each
+from peft_fusion.fusing.recipe import Recipe
 from peft_fusion.fusing.rows import select_rows
 from peft_fusion.fusing.scales import match_tangent_kernel
+from peft_fusion.fusing.settle import settle
 from peft_fusion.fusing.statistics import FFNStatistics
 from peft_fusion.fusing.weights import FFNWeights, NarrowFFN
 
@@ -37,6 +40,11 @@ def gather(weights: FFNWeights, activation, tokens: int = 400) -> FFNStatistics:
     statistics.add(look_inside(weights, activation, draw(tokens, DIM, seed=40)).hidden)
     statistics.hold_out(draw(200, DIM, seed=41).float())
     return statistics
+
+
+def settled(statistics: FFNStatistics, **settings) -> Recipe:
+    """The recipe that these settings come to after a calibration."""
+    return settle(Recipe(**settings), "data", statistics.fisher is not None)
 
 
 def outputs(narrow: NarrowFFN, activation, x: Tensor) -> Tensor:
@@ -106,15 +114,17 @@ def test_what_predictions_depend_on_is_kept_best(gated, activation):
     for kernel in ("outputs", "fisher"):
         statistics = gather(weights, activation, 4000)
         statistics.fisher = torch.diag(torch.eye(DIM)[0])  # only the first of the outputs is looked at
-        narrow = fuse_calibrated(weights, 5, statistics, activation, kernel=kernel)
+        narrow = fuse_calibrated(weights, 5, statistics, activation, settled(statistics, kernel=kernel))
         errors[kernel] = (outputs(narrow, activation, x) - goal).square().mean(0)
     assert float(errors["fisher"][0]) < 0.7 * float(errors["outputs"][0])
     assert float(errors["fisher"].sum()) > float(errors["outputs"].sum())
 
 
 def test_the_fisher_kernel_needs_gradients():
+    statistics = gather(make(gated=True), silu)
+    recipe = settle(Recipe(kernel="fisher"), "data", gradients=True)
     with pytest.raises(ValueError, match="needs gradients, and these statistics have none"):
-        fuse_calibrated(make(gated=True), 8, gather(make(gated=True), silu), silu, kernel="fisher")
+        fuse_calibrated(make(gated=True), 8, statistics, silu, recipe)
 
 
 @pytest.mark.parametrize("width", [6, 3])
@@ -177,7 +187,8 @@ def test_tangent_scales_of_duplicates_are_the_counts():
 def test_at_full_width_nothing_changes(gated, activation, bias, representative):
     weights = make(gated, bias)
     statistics, x = gather(weights, activation), draw(50, DIM, seed=9)
-    narrow = fuse_calibrated(weights, WIDTH, statistics, activation, representative=representative)
+    recipe = settled(statistics, representative=representative)
+    narrow = fuse_calibrated(weights, WIDTH, statistics, activation, recipe)
     goal = outputs(plain(weights), activation, x)
     torch.testing.assert_close(outputs(narrow, activation, x), goal, rtol=1e-4, atol=1e-4)
 
@@ -189,14 +200,15 @@ def test_the_refit_lowers_the_error_on_other_tokens(gated, activation, bias):
     goal = outputs(plain(weights), activation, x)
     errors = []
     for refit_kind in ("ridge", "none"):
-        narrow = fuse_calibrated(weights, 8, statistics, activation, refit=refit_kind)
+        narrow = fuse_calibrated(weights, 8, statistics, activation, settled(statistics, refit=refit_kind))
         errors.append(float((outputs(narrow, activation, x) - goal).square().mean()))
     assert errors[0] < 0.8 * errors[1]
 
 
 def test_statistics_of_another_ffn_are_refused():
+    statistics = gather(make(gated=True, width=8), silu)
     with pytest.raises(ValueError, match="Calibrate again"):
-        fuse_calibrated(make(gated=True), 8, gather(make(gated=True, width=8), silu), silu)
+        fuse_calibrated(make(gated=True), 8, statistics, silu, settled(statistics))
 
 
 @pytest.mark.parametrize("refit", ["ridge", "none"])
@@ -208,5 +220,5 @@ def test_the_candidate_of_the_lowest_held_out_error_wins(monkeypatch, refit):
     worst, best = order[:5].sort().values, order[-5:].sort().values
     for candidates in ([worst, best], [best, worst]):
         monkeypatch.setattr(calibrated, "_candidates", lambda *_, found=candidates: found)
-        narrow = fuse_calibrated(weights, 5, statistics, gelu, refit=refit, scale="none")
+        narrow = fuse_calibrated(weights, 5, statistics, gelu, settled(statistics, refit=refit, scale="none"))
         assert torch.equal(narrow.weights.in_weights[0], weights.in_weights[0][best])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from test_calibrated import DIM, WIDTH, draw, gather, make, outputs, plain
+from test_calibrated import DIM, WIDTH, draw, gather, make, outputs, plain, settled
 from torch import Tensor
 from torch.nn.functional import gelu, silu
 
@@ -124,8 +124,8 @@ def test_odd_neurons_are_refitted_like_any(kind, gated, activation, representati
     goal = outputs(plain(cast(weights, torch.float64)), activation, x)
     errors = {}
     for how in ("ridge", "none"):
-        settings = {"representative": representative, "refit": how, "scale": "none"}
-        narrow = fuse_calibrated(weights, 10, statistics, activation, **settings).folded()
+        recipe = settled(statistics, representative=representative, refit=how, scale="none")
+        narrow = fuse_calibrated(weights, 10, statistics, activation, recipe).folded()
         found = outputs(plain(cast(narrow, torch.float64)), activation, x)
         errors[how] = float((found - goal).square().mean() / goal.var(0).mean())
     assert errors["ridge"] < 0.9 * errors["none"]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from test_calibrated import DIM, WIDTH, draw, gather, make, outputs, plain
+from test_calibrated import DIM, WIDTH, draw, gather, make, outputs, plain, settled
 from torch import Tensor
 from torch.nn.functional import gelu, silu
 
@@ -12,7 +12,7 @@ from peft_fusion.fusing import gradient_kernels
 from peft_fusion.fusing.activations import look_inside
 from peft_fusion.fusing.calibrated import fuse_calibrated
 from peft_fusion.fusing.gradient_kernels import TokenGradients, adam_kernels
-from peft_fusion.fusing.kernels import FLATTENING
+from peft_fusion.fusing.metric import FLATTENING
 from peft_fusion.fusing.rows import select_rows
 from peft_fusion.fusing.scales import MOST, SEQUENCES, Tangents, match_tangent_kernel
 from peft_fusion.fusing.stand_in import STRENGTH, stand_in
@@ -109,9 +109,9 @@ def test_a_scale_stays_near_that_of_the_norms(size, bound):
 
 def test_fusion_uses_the_kernels_that_calibration_took():
     weights, statistics, tokens = make(False), gather(make(False), gelu), sample()
-    before = fuse_calibrated(weights, 5, statistics, gelu)
+    before = fuse_calibrated(weights, 5, statistics, gelu, settled(statistics))
     statistics.tangents = Tangents(tuple(2 * k for k in adam_kernels(before.folded(), gelu, tokens)), tokens)
-    after = fuse_calibrated(weights, 5, statistics, gelu)
+    after = fuse_calibrated(weights, 5, statistics, gelu, settled(statistics))
     torch.testing.assert_close(after.scale, torch.full((5,), 2.0), rtol=1e-4, atol=0)
     torch.testing.assert_close(after.folded().out_weight, before.folded().out_weight)
 

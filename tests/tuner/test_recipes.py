@@ -109,7 +109,7 @@ def test_saved_configuration_says_what_auto_came_to():
             {"method": "sketch", "refit": "ridge"},
             '`refit="ridge"` works with `method` fusion and pruning, but got "sketch"',
         ),
-        ({"method": "svd", "scale": "counts"}, '`scale="counts"` are sizes of clusters'),
+        ({"method": "svd", "scale": "counts"}, '`scale="counts"` works with `method` fusion, but got "svd"'),
         ({"method": "sketch", "keep_neurons": 32}, "`keep` must be 0 to 31 for a width of 32, but got 32"),
     ],
 )

@@ -11,6 +11,9 @@ from .local_search import refine
 from .reductions import cheapest, first_rows, squared_norms_of_sums, sum_by_label
 from .seeding import kmeans_plus_plus, ward
 
+N_INIT, MAX_ITER = 1, 100
+"""Starts, and the most iterations of each, where the caller does not say."""
+
 
 @dataclass(frozen=True)
 class Clustering:
@@ -27,7 +30,9 @@ class Clustering:
     inertia: float
 
 
-def kernel_kmeans(gram: Tensor, n_clusters: int, *, n_init: int = 1, max_iter: int = 100, seed: int = 0) -> Clustering:
+def kernel_kmeans(
+    gram: Tensor, n_clusters: int, *, n_init: int | None = None, max_iter: int | None = None, seed: int = 0
+) -> Clustering:
     """Cluster rows by k-means, given their Gram matrix (paper, section 4: the fused neurons are k-means centroids).
 
     The first start is agglomerative (`ward`) and needs no randomness; the others are greedy k-means++ and Lloyd's
@@ -47,8 +52,8 @@ def kernel_kmeans(gram: Tensor, n_clusters: int, *, n_init: int = 1, max_iter: i
     Args:
         gram: symmetric, positive semi-definite tensor of shape (n, n), as `gram_matrix` returns it.
         n_clusters: the number of clusters c, 1 .. n.
-        n_init: the number of starts.
-        max_iter: the most Lloyd iterations, and the most sweeps of the local search, of a start.
+        n_init: the number of starts; None: 1.
+        max_iter: the most Lloyd iterations, and the most sweeps of the local search, of a start; None: 100.
         seed: of the starts after the first.
 
     Returns:
@@ -58,6 +63,8 @@ def kernel_kmeans(gram: Tensor, n_clusters: int, *, n_init: int = 1, max_iter: i
         ValueError: if `gram` is not square, holds NaN or infinite values, or `n_clusters`, `n_init` or `max_iter`
             is out of range.
     """
+    n_init = N_INIT if n_init is None else n_init
+    max_iter = MAX_ITER if max_iter is None else max_iter
     _check(gram, n_clusters, n_init, max_iter)
     gram, scale = _normalised(gram)
     generator = torch.Generator().manual_seed(seed)

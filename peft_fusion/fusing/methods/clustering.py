@@ -29,7 +29,7 @@ def clustering(
     Args:
         weights: the FFN's weights.
         width: the number of centroids, from 1 to `weights.width`.
-        homogeneity: for a plain FFN, its activation's homogeneity of homogeneity (1 for ReLU); None if it has none.
+        homogeneity: for a plain FFN, its activation's degree of homogeneity (1 for ReLU); None if it has none.
         n_init: restarts of the clustering; None for the engine's default.
         max_iter: iterations of the clustering; None for the engine's default.
         seed: makes the clustering repeatable.

@@ -32,7 +32,7 @@ def fuse(
     Args:
         weights: the FFN's weights.
         width: the number of centroids, from 1 to `weights.width`.
-        homogeneity: for a plain FFN, its activation's homogeneity of homogeneity (1 for ReLU); None if it has none.
+        homogeneity: for a plain FFN, its activation's degree of homogeneity (1 for ReLU); None if it has none.
         n_init: restarts of the clustering; None for the engine's default.
         max_iter: iterations of the clustering; None for the engine's default.
         seed: makes the clustering repeatable.
@@ -48,13 +48,8 @@ def fuse(
         return NarrowFFN(weights, torch.ones(width, device=weights.out_weight.device))
     factor = balancing_factors(weights, homogeneity)
     balanced = weights if factor is None else rescale(weights, factor, homogeneity or 1)
-    settings = {"n_init": n_init, "max_iter": max_iter}
-    clustering = kernel_kmeans(
-        gram_matrix(balanced.blocks()),
-        width,
-        seed=seed,
-        **{k: v for k, v in settings.items() if v is not None},
-    )
+    gram = gram_matrix(balanced.blocks())
+    clustering = kernel_kmeans(gram, width, n_init=n_init, max_iter=max_iter, seed=seed)
     centroids = average(balanced, clustering)
     if factor is not None:
         centroids = rescale(centroids, 1 / typical_factor(factor, clustering), homogeneity or 1)

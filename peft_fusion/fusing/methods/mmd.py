@@ -34,7 +34,7 @@ def mmd(
         width: the number of particles c, from 1 to `weights.width`.
         steps: Adam's steps; their size falls to 0 along a cosine.
         learning_rate: the first step's size, as a fraction of a row entry's root mean square.
-        homogeneity: for a plain FFN, its activation's homogeneity of homogeneity (1 for ReLU); None if it has none.
+        homogeneity: for a plain FFN, its activation's degree of homogeneity (1 for ReLU); None if it has none.
         seed: of the subset that the particles start from.
 
     Returns:

@@ -9,7 +9,7 @@ from ..rows import check_width, select_rows
 from ..weights import FFNWeights, NarrowFFN
 
 
-def pruning(weights: FFNWeights, width: int, *, seed: int = 0) -> NarrowFFN:
+def pruning(weights: FFNWeights, width: int) -> NarrowFFN:
     """Keeps the neurons whose weights have the largest product of norms, the same ones in every matrix.
 
         plain:  |w1_i| * |w2_i|      gated:  |wg_i| * |wu_i| * |w2_i|
@@ -17,7 +17,6 @@ def pruning(weights: FFNWeights, width: int, *, seed: int = 0) -> NarrowFFN:
     Args:
         weights: the FFN's weights.
         width: the number of neurons kept, from 1 to `weights.width`.
-        seed: for the signature that all methods share; nothing here is random.
 
     Returns:
         The narrow FFN, with a scale of ones.

@@ -30,7 +30,7 @@ def sketch(
         width: the number of neurons, from 1 to `weights.width`.
         keep: so many of the neurons with the largest product of norms are kept exactly, and come first; the others
             are sketched to what is left of the width.
-        homogeneity: for a plain FFN, its activation's homogeneity of homogeneity (1 for ReLU); None if it has none.
+        homogeneity: for a plain FFN, its activation's degree of homogeneity (1 for ReLU); None if it has none.
         seed: of the sketch.
 
     Returns:

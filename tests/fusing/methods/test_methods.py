@@ -15,6 +15,7 @@ from peft_fusion.fusing.symmetry import rescale
 from peft_fusion.fusing.weights import FFNWeights
 
 METHODS = [clustering, mmd, pruning, sketch]
+SEEDED = [clustering, mmd, sketch]
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -54,7 +55,7 @@ def test_half_precision_is_that_of_the_result_only(method, gated):
         assert (a.float() - b.float()).norm() < 0.02 * b.float().norm()
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", SEEDED)
 def test_a_seed_fixes_the_result_and_the_global_generator_is_left_alone(method):
     weights = make(gated=True)
     torch.manual_seed(1)
@@ -66,7 +67,7 @@ def test_a_seed_fixes_the_result_and_the_global_generator_is_left_alone(method):
     other = method(weights, 8, seed=6).folded().blocks()
     same = all(torch.equal(a, b) for a, b in zip(first, other, strict=True))
     if method is not clustering:  # whose engine may or may not find the same clusters from another start
-        assert same == (method is pruning)
+        assert not same
 
 
 @pytest.mark.parametrize("method", METHODS)

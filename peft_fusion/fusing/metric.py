@@ -1,0 +1,49 @@
+"""The metric in which an FFN's outputs are compared: the Fisher information of what it puts out.
+
+With d the gradient of the model's log-likelihood by what the FFN puts out, F = E[d d^T] is the Fisher information of
+that output: the squared length <e, F e> of an error e is, to second order, twice the change of the model's predictions
+(Kullback-Leibler divergence). What the layers above do not look at costs nothing there.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+FLATTENING = 0.1
+"""How much of the identity is added to the Fisher information, relative to its mean eigenvalue: it is an estimate."""
+
+
+def metric(fisher: Tensor) -> Tensor:
+    """The metric M in which outputs are compared, <y, M y>: the Fisher information at a common size, flattened.
+
+    Args:
+        fisher: E[d d^T], tensor of shape (out_dim, out_dim), of any scale.
+
+    Returns:
+        Tensor of the same shape and device in float64, of mean eigenvalue 1 + `FLATTENING`.
+    """
+    scaled = fisher.double() / fisher.diagonal().mean().clamp(min=1e-30)
+    scaled.diagonal().add_(FLATTENING)
+    return scaled
+
+
+def metric_root(fisher: Tensor) -> Tensor:
+    """The symmetric root R of the metric: <y, M y> = |R y|^2.
+
+    Args:
+        fisher: E[d d^T], tensor of shape (out_dim, out_dim), of any scale.
+
+    Returns:
+        Tensor of the same shape, dtype and device.
+    """
+    values, vectors = torch.linalg.eigh(metric(fisher))
+    return (vectors * values.clamp(min=0).sqrt() @ vectors.T).to(fisher.dtype)
+
+
+def in_metric(weight: Tensor, root: Tensor | None) -> Tensor:
+    """Out-weights or a bias (..., out_dim) in the coordinates of a metric's root (out_dim, out_dim); None: as it is.
+
+    Turning the weights is much cheaper than turning what they put out for every token.
+    """
+    return weight if root is None else weight @ root.to(weight)
