@@ -20,14 +20,12 @@ import json
 import statistics
 import sys
 import time
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
-from torch import nn
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, default_data_collator
 
@@ -61,7 +59,7 @@ VARIANTS: dict[str, tuple[dict[str, Any] | None, bool]] = {
     "pruning by saliency, refit, no scale": ({"method": "pruning", "scale": "none"}, True),
     "pruning by saliency, refit": ({"method": "pruning"}, True),
     "fusion, centroids, refit": ({"representative": "centroid"}, True),
-    "fusion, weight kernel, neurons, refit": ({"kernel": "weights"}, True),
+    "fusion, weight kernel, refit": ({"kernel": "weights"}, True),
     "pruning by saliency, fisher kernel, refit": ({"method": "pruning", "kernel": "fisher"}, True),
     "fusion, outputs kernel": ({"kernel": "outputs"}, True),
     "fusion, ntk kernel": ({"kernel": "ntk"}, True),
@@ -98,7 +96,7 @@ def parse_arguments() -> argparse.Namespace:
 
 
 class SmolLM2:
-    """The rows of the table on SmolLM2, all of one calibration.
+    """The rows of the table on SmolLM2, all calibrated on the same text.
 
     Args:
         options: as `parse_arguments` returns them.
@@ -119,7 +117,6 @@ class SmolLM2:
             texts = other_text() if options.text == "other" else papers[0]
             pieces = blocks(tokenizer, texts, LENGTH)[: 2 * self.sequences]
             self.batches = list(DataLoader(pieces, 8, collate_fn=default_data_collator))  # type: ignore[arg-type]
-        self.calibration: Any = None
 
     def rows(self) -> list[Row]:
         """Every row, from the file of finished ones or computed and added to it."""
@@ -143,11 +140,11 @@ class SmolLM2:
         if settings is None:
             return {"perplexity": perplexity(self.model, self.held_out)}
         config = FusionConfig(ratio=ratio, layers_to_transform=LAYERS, **settings)
-        if calibrated:
-            share_calibration(self, config)
         started = time.perf_counter()
+        if calibrated:
+            calibrate(self.model, config, self.batches, sequences=self.sequences)
         fused = get_peft_model(self.model, config)
-        row = {"seconds to fuse": time.perf_counter() - started}
+        row = {"seconds": time.perf_counter() - started}
         row["perplexity"] = perplexity(fused, self.held_out)
         report = fidelity(fused, DataLoader(self.compared, 8, collate_fn=default_data_collator))  # type: ignore[arg-type]
         row["FFN output error"] = statistics.mean(ffn.output.relative for ffn in report.ffns)
@@ -165,17 +162,6 @@ class SmolLM2:
         ratio = statistics.mean(after / before for before, after in errors.values())
         tuned = perplexity(fused, self.held_out)
         return {"perplexity, tuned": tuned, "FFN error, tuned / before": ratio, "seconds to tune": seconds}
-
-
-def share_calibration(task: SmolLM2, config: FusionConfig) -> None:
-    """Calibrates once and gives every variant the same statistics; a fusion uses up what it is given."""
-    model: PreTrainedModel | nn.Module = task.model
-    if task.calibration is None:
-        started = time.perf_counter()
-        calibrate(model, config, task.batches, sequences=task.sequences)
-        task.calibration = model._mlp_fusion_calibration
-        print(f"calibrated on {task.calibration.source} in {time.perf_counter() - started:.0f} s", flush=True)
-    model._mlp_fusion_calibration = replace(task.calibration, statistics=dict(task.calibration.statistics))
 
 
 def own_text(model: PreTrainedModel, sequences: int, results: Path | None) -> list[dict[str, torch.Tensor]]:

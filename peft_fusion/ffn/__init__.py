@@ -6,7 +6,7 @@ from .layouts import LAYOUTS, FFNLayout, register_layout
 from .originals import is_away, offload, require_originals, restore
 from .run import find_activation, run_ffn
 from .select import Selection, select_ffns, target_widths
-from .storage import blank_like, check_can_leave, is_quantised
+from .storage import blank_like, check_can_leave, device_of, is_quantised
 from .weights import check_finite, projection_tensors, read_ffn
 from .width import ConfigWidth, config_widths
 
@@ -23,6 +23,7 @@ __all__ = [
     "check_can_leave",
     "check_finite",
     "config_widths",
+    "device_of",
     "features",
     "find_activation",
     "find_ffns",

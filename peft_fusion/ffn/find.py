@@ -48,8 +48,18 @@ class FFN:
         return features(self.base_projections[-1])[0]
 
     @property
+    def in_dim(self) -> int:
+        """The dimension of its inputs."""
+        return features(self.base_projections[0])[0]
+
+    @property
+    def out_dim(self) -> int:
+        """The dimension of its outputs."""
+        return features(self.base_projections[-1])[1]
+
+    @property
     def homogeneity(self) -> int | None:
-        """The homogeneity of homogeneity of the activation: ReLU 1, squared ReLU 2, None for any other."""
+        """The degree of homogeneity of the activation: ReLU 1, squared ReLU 2, None for any other."""
         return {"ReLU": 1, "relu": 1, "ReLUSquaredActivation": 2}.get(_function_name(self.activation))
 
     @property

@@ -65,6 +65,11 @@ def blank_like(module: nn.Module) -> Tensor:
     return torch.empty(0, dtype=dtype, device=weight.device)
 
 
+def device_of(ffn: FFN) -> torch.device:
+    """The device that an FFN computes on."""
+    return blank_like(ffn.base_projections[0]).device
+
+
 def check_can_leave(ffn: FFN, base_weights: str) -> None:
     """Refuses to offload parameters that are no plain tensors.
 

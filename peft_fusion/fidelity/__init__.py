@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
 from typing import Any
 
@@ -12,8 +12,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from ..ffn import FFN
-from ..observe.batches import single_sequences
-from ..observe.networks import Batch, Network, active_narrow, linear_modules, pair
+from ..observe.batches import Batch, check_batch, single_sequences, unlabelled
+from ..observe.networks import Network, active_narrow, linear_modules, pair
 from ..observe.projection import Function, random_projection
 from ..progress import progress
 from ..tuner.layer import FusionLayer
@@ -81,7 +81,7 @@ def fidelity(
     if first is None:
         raise ValueError("The dataloader yields no batch: give one that can be iterated anew, with at least one batch.")
     function = function or random_projection(fused, seed)
-    kernels = [tangent_kernels(side, singles, function, memory) for side in (original, fused)]
+    kernels = [tangent_kernels(network, singles, function, memory) for network in (original, fused)]
     ffns = [_ffn_fidelity(*ffns, errors, *kernels) for ffns in zip(original.ffns, fused.ffns, strict=True)]
     whole = [sum(list(k.values())[1:], next(iter(k.values()))) for k in kernels]
     return Fidelity(
@@ -97,25 +97,18 @@ def fidelity(
     )
 
 
-def _batches(dataloader: Iterable[Any], limit: int | None, side: Network) -> Iterator[Batch]:
-    """The batches without labels, unless an encoder-decoder makes its inputs from them."""
-    for index, batch in enumerate(dataloader):
-        if index == limit:
-            return
-        if not isinstance(batch, Mapping) or not any(isinstance(value, Tensor) for value in batch.values()):
-            raise ValueError(
-                "A batch must be a mapping of argument names to tensors, as a data collator makes it, but the "
-                f"dataloader yields {type(batch).__name__}."
-            )
-        keep_labels = side.is_encoder_decoder and "decoder_input_ids" not in batch
-        yield {key: value for key, value in batch.items() if key != "labels" or keep_labels}
+def _batches(dataloader: Iterable[Batch], limit: int | None, network: Network) -> Iterator[Batch]:
+    """So many batches, or all, without labels that nothing needs."""
+    for batch in islice(dataloader, limit):
+        check_batch(batch)
+        yield unlabelled(batch, network.is_encoder_decoder)
 
 
 def _ffn_fidelity(original: FFN, fused: FFN, errors: OutputErrors, before: Any, after: Any) -> FFNFidelity:
     """The figures of one FFN."""
     paths = [path for name, path in after if name == fused.name]
     pairs = {path: (before[original.name, path], after[fused.name, path]) for path in paths}
-    totals: Sequence[Kernels] = [sum(side[1:], side[0]) for side in zip(*pairs.values(), strict=True)]
+    totals: Sequence[Kernels] = [sum(parts[1:], parts[0]) for parts in zip(*pairs.values(), strict=True)]
     out = fused.projections[-1]
     narrow = active_narrow(out) if isinstance(out, FusionLayer) else None
     return FFNFidelity(
@@ -132,24 +125,24 @@ def _ntk_error(original: Kernels, fused: Kernels) -> NTKError:
     return NTKError(KernelError.between(fused.adam, original.adam), KernelError.between(fused.sgd, original.sgd))
 
 
-def _parameters(side: Network) -> int:
+def _parameters(network: Network) -> int:
     """The model's parameters as it would be without an adapter: its FFNs narrow or not, its scale folded in."""
-    with side.running():  # what is offloaded counts where it is in place
+    with network.running():  # what is offloaded counts where it is in place
         count = sum(
             parameter.numel()
-            for name, parameter in side.model.named_parameters()
+            for name, parameter in network.model.named_parameters()
             if ".mlp_fusion_narrow." not in name and ".modules_to_save." not in name
         )
-        for projection in {p for ffn in side.ffns for p in ffn.projections} if side.fused else ():
+        for projection in {p for ffn in network.ffns for p in ffn.projections} if network.fused else ():
             count += sum(p.numel() for m in linear_modules(projection, True) for p in m.parameters())
             count -= sum(p.numel() for m in linear_modules(projection, False) for p in m.parameters())
     return count
 
 
-def _flops(side: Network, batch: Batch) -> float:
+def _flops(network: Network, batch: Batch) -> float:
     """Of a forward over a batch, a token; attention in its plain form, whose products can be counted."""
     mask = batch.get("attention_mask")
     tokens = mask.numel() if isinstance(mask, Tensor) else next(iter(batch.values())).shape[:2].numel()
-    with side.running(), torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-        side(batch, hidden_states=False)
+    with network.running(), torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        network(batch)
     return counter.get_total_flops() / tokens

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 from ..ffn import FFN, watch
 from ..fusing.gradient_kernels import gradient_kernels
-from ..observe.networks import Batch, Network, linear_modules
+from ..observe.batches import Batch
+from ..observe.networks import Network, linear_modules
 from ..observe.projection import Function
 from ..progress import progress
 from ..tuner.narrow import LowRankProjection, NarrowInProjection, NarrowOutProjection
@@ -41,12 +42,12 @@ class Kernels:
 
 
 def tangent_kernels(
-    side: Network, sequences: Sequence[Batch], function: Function, memory: int
+    network: Network, sequences: Sequence[Batch], function: Function, memory: int
 ) -> dict[tuple[str, str], Kernels]:
     """The kernels of every projection of a network's FFNs.
 
     Args:
-        side: the network; its weights are those it runs with, the narrow ones of a fused network.
+        network: the network; its weights are those it runs with, the narrow ones of a fused network.
         sequences: batches of one sequence each.
         function: maps the model's output and the sequence to a tensor of one element, f.
         memory: bytes for the activations and gradients that are kept at a time; where those of one FFN need more,
@@ -59,30 +60,30 @@ def tangent_kernels(
         ValueError: if the model does not take a sequence.
     """
     kernels: dict[tuple[str, str], Kernels] = {}
-    with side.running():
-        passes = _passes(side, sequences, function, memory)
+    with network.running():
+        passes = _passes(network, sequences, function, memory)
         steps = progress([(ffns, i) for ffns in passes for i in range(len(sequences))], "Tangent kernels")
         kept: list[dict[nn.Module, Token]] = []
         for ffns, index in steps:
-            kept.append(_token_gradients(side, ffns, sequences[index], function))
+            kept.append(_token_gradients(network, ffns, sequences[index], function))
             if len(kept) < len(sequences):
                 continue
             for ffn in ffns:
                 for name, module in zip(ffn.projection_names, ffn.projections, strict=True):
-                    parts = [_kernels_of(linear, kept) for linear in linear_modules(module, side.fused)]
+                    parts = [_kernels_of(linear, kept) for linear in linear_modules(module, network.fused)]
                     kernels[ffn.name, name.removeprefix(f"{ffn.name}.")] = sum(parts[1:], parts[0])
             kept = []
     return kernels
 
 
-def _passes(side: Network, sequences: Sequence[Batch], function: Function, memory: int) -> list[list[FFN]]:
+def _passes(network: Network, sequences: Sequence[Batch], function: Function, memory: int) -> list[list[FFN]]:
     """The FFNs in groups whose activations fit the memory, judged by what the first sequence needs."""
-    first = _token_gradients(side, side.ffns, sequences[0], function)
+    first = _token_gradients(network, network.ffns, sequences[0], function)
     factor = sum(map(_positions, sequences)) / _positions(sequences[0])
     passes: list[list[FFN]] = [[]]
     used = 0.0
-    for ffn in side.ffns:
-        modules = [linear for module in ffn.projections for linear in linear_modules(module, side.fused)]
+    for ffn in network.ffns:
+        modules = [linear for module in ffn.projections for linear in linear_modules(module, network.fused)]
         tensors = [tensor for module in modules if module in first for tensor in first[module]]
         need = factor * sum(tensor.numel() * tensor.element_size() for tensor in tensors)
         if passes[-1] and used + need > memory:
@@ -101,15 +102,15 @@ def _positions(sequence: Batch) -> int:
     return max(next(value.shape[1] if value.dim() > 1 else 1 for value in sequence.values()), 1)
 
 
-def _token_gradients(side: Network, ffns: list[FFN], sequence: Batch, function: Function) -> dict[nn.Module, Token]:
+def _token_gradients(network: Network, ffns: list[FFN], sequence: Batch, function: Function) -> dict[nn.Module, Token]:
     """For each linear module that f depends on, what goes in (t, in) and the gradient of what comes out (t, out).
 
     Tokens without a gradient, padding above all, are left out: they add nothing.
     """
-    modules = {linear for ffn in ffns for p in ffn.projections for linear in linear_modules(p, side.fused)}
+    modules = {linear for ffn in ffns for p in ffn.projections for linear in linear_modules(p, network.fused)}
     calls: list[tuple[nn.Module, Tensor, Tensor]] = []
     with torch.enable_grad(), _recording(modules, calls):
-        value = function(side(sequence, hidden_states=False), sequence).sum()
+        value = function(network(sequence), sequence).sum()
         gradients = torch.autograd.grad(value, [output for _, _, output in calls], allow_unused=True)
     found: dict[nn.Module, list[Token]] = {}
     for (module, x, _), gradient in zip(calls, gradients, strict=True):

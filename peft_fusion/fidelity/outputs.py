@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from ..ffn import FFN, capture
-from ..observe.batches import padding_mask
-from ..observe.networks import Batch, Network
+from ..observe.batches import Batch, padding_mask
+from ..observe.networks import Network
 from ..observe.outputs import main_output, run_whole
 from .report import OutputError
 
@@ -75,7 +75,7 @@ class OutputErrors:
         with self.fused.running():
             found = _outputs(self.fused, batch)
             with self._following(calls, batch):
-                self.fused(batch, hidden_states=False)
+                self.fused(batch)
         for mean, ours, theirs in zip((self.hidden_states, self.outputs), found, expected, strict=True):
             if ours is not None and theirs is not None:
                 mean.add(ours, theirs, padding_mask(batch, ours.shape, self.fused.is_encoder_decoder))
@@ -111,7 +111,7 @@ def _recording(ffns: Sequence[FFN], calls: Calls) -> AbstractContextManager[None
     return capture(ffns, inputs=note_input, outputs=note_output)
 
 
-def _outputs(side: Network, batch: Batch) -> tuple[Tensor | None, Tensor | None]:
+def _outputs(network: Network, batch: Batch) -> tuple[Tensor | None, Tensor | None]:
     """The hidden states behind the last layer, and what the model is there for."""
-    hidden, output = run_whole(side, batch)
+    hidden, output = run_whole(network, batch)
     return hidden, main_output(output)

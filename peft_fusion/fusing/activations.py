@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn.functional import linear
 
 from .weights import FFNWeights
 
@@ -58,3 +59,23 @@ def look_inside(weights: FFNWeights, activation: Activation, inputs: Tensor) -> 
 def look_by_parts(weights: FFNWeights, activation: Activation, inputs: Tensor) -> Iterator[Inside]:
     """`look_inside` for some tokens at a time."""
     return (look_inside(weights, activation, part) for part in inputs.split(CHUNK))
+
+
+def run(narrow: FFNWeights, activation: Activation, inputs: Tensor) -> Tensor:
+    """What an FFN of these weights puts out, differentiably.
+
+    Args:
+        narrow: the FFN's weights, scales folded in.
+        activation: its activation function, elementwise.
+        inputs: tensor of shape (..., in_dim).
+
+    Returns:
+        Tensor of shape (..., out_dim), in float32 at least.
+    """
+    dtype = torch.promote_types(narrow.out_weight.dtype, torch.float32)
+    x = inputs.to(dtype)
+    pairs = zip(narrow.in_weights, narrow.in_biases, strict=True)
+    z = [linear(x, w.to(dtype), None if b is None else b.to(dtype)) for w, b in pairs]
+    hidden = activation(z[0]) * z[1] if narrow.gated else activation(z[0])
+    bias = None if narrow.out_bias is None else narrow.out_bias.to(dtype)
+    return linear(hidden, narrow.out_weight.T.to(dtype), bias)

@@ -17,7 +17,7 @@ from .neurons import eliminate, most_salient, most_salient_of_each
 from .recipe import Recipe
 from .refit import Moments, SampleMoments, moments_of_kept, moments_of_sample, refit
 from .rows import check_width, select_rows
-from .scales import match_tangent_kernel
+from .scales import match_sizes
 from .statistics import FFNStatistics
 from .symmetry import balancing_factors, rescale
 from .weights import FFNWeights, NarrowFFN, cast
@@ -46,7 +46,8 @@ def fuse_calibrated(
         homogeneity: for a plain FFN, its activation's degree of homogeneity; None if it has none.
 
     Returns:
-        The narrow FFN, in the dtype of `weights`.
+        The narrow FFN, in the dtype of `weights`. Scales "ntk" match the sizes of gradients (`match_sizes`); they are
+        to be fitted (`fit_scales`) once all FFNs are narrow.
 
     Raises:
         ValueError: if `width` is out of range, the method or the kernel is none that can be used here, the statistics
@@ -68,8 +69,7 @@ def fuse_calibrated(
         else:
             narrow = _centroids(known, clustering, recipe.refit)
     if recipe.scale == "ntk":
-        folded = narrow.folded()
-        narrow = match_tangent_kernel(known.weights, folded, activation, known.inputs, statistics.tangents)
+        narrow = match_sizes(known.weights, narrow.folded(), activation, known.inputs)
     return NarrowFFN(cast(narrow.weights, weights.out_weight.dtype), narrow.scale, narrow.in_scales)
 
 

@@ -16,7 +16,7 @@ the d differ in sign, so |h_i| adds up like its root mean square, and for a d of
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -32,45 +32,46 @@ MOST = 4.0
 """How far, as a factor, a scale fitted to few sequences may be from the one of the L1 norms."""
 
 
-@dataclass(frozen=True)
-class Tangents:
-    """What the scales are fitted to.
-
-    Args:
-        kernels: the original's Adam kernels, of each in-projection and of the out-projection.
-        tokens: what the FFN would get if every FFN were narrow.
-    """
-
-    kernels: tuple[Tensor, ...]
-    tokens: TokenGradients
-
-
-def match_tangent_kernel(
-    original: FFNWeights,
-    narrow: FFNWeights,
-    activation: Activation,
-    inputs: Tensor,
-    tangents: Tangents | None = None,
-) -> NarrowFFN:
-    """Splits the weights of a narrow FFN into smaller ones and fixed scales, the function unchanged.
+def match_sizes(original: FFNWeights, narrow: FFNWeights, activation: Activation, inputs: Tensor) -> NarrowFFN:
+    """Splits the weights of a narrow FFN into smaller ones and scales that match the L1 norms; the function stays.
 
     Args:
         original: the original FFN's weights.
         narrow: the narrow FFN's, of the same function as the result.
         activation: the activation function.
         inputs: tensor of shape (tokens, in_dim) from calibration.
-        tangents: the original's kernels, from calibration; None: match the L1 norms.
 
     Returns:
         The narrow FFN with its scales, in the dtype of `narrow`.
     """
     wide_sizes, narrow_sizes = _sizes(original, activation, inputs), _sizes(narrow, activation, inputs)
     scales = [wide / max(small, 1e-30) for wide, small in zip(wide_sizes, narrow_sizes, strict=True)]
-    scales = [scale if scale > 0 else 1.0 for scale in scales]
-    if tangents is not None:
-        kernels = adam_kernels(narrow, activation, tangents.tokens)
-        fits = [_factor(wide, small) for wide, small in zip(tangents.kernels, kernels, strict=True)]
-        scales = [_near(fit, scale) for fit, scale in zip(fits, scales, strict=True)]
+    return _split(narrow, [scale if scale > 0 else 1.0 for scale in scales])
+
+
+def fit_scales(
+    narrow: NarrowFFN, kernels: Sequence[Tensor], tokens: TokenGradients, activation: Activation
+) -> NarrowFFN:
+    """Moves the scales of a narrow FFN to the least-squares factors from its tangent kernels to the original's.
+
+    Args:
+        narrow: the narrow FFN, with scales that match sizes; none is moved further than by `MOST`.
+        kernels: the original's Adam kernels, of each in-projection and of the out-projection.
+        tokens: what the narrow FFN gets where every FFN is narrow.
+        activation: the activation function.
+
+    Returns:
+        The narrow FFN with other scales and the same function, in its dtype.
+    """
+    folded = narrow.folded()
+    own = adam_kernels(folded, activation, tokens)
+    fits = [_factor(wide, small) for wide, small in zip(kernels, own, strict=True)]
+    scales = [float(scale[0]) for scale in (*(narrow.in_scales or ()), narrow.scale)]
+    return _split(folded, [_near(fit, scale) for fit, scale in zip(fits, scales, strict=True)])
+
+
+def _split(narrow: FFNWeights, scales: Sequence[float]) -> NarrowFFN:
+    """The same function with weights divided by scales, one a projection, that multiply what goes through instead."""
     *ins, out = scales
     weights = FFNWeights(
         tuple(w / t for w, t in zip(narrow.in_weights, ins, strict=True)),

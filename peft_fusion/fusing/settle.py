@@ -52,6 +52,20 @@ def settle(asked: Recipe, calibrated: str = "", gradients: bool = False) -> Reci
     )
 
 
+def check_calibratable(asked: Recipe) -> None:
+    """Refuses to collect data for a method that uses none, and for what cannot be had with it.
+
+    Raises:
+        ValueError: naming the methods that do, or the setting.
+    """
+    if not find_method(asked.method).calibrated:
+        able = " and ".join(name for name, method in METHODS.items() if method.calibrated)
+        raise ValueError(
+            f'`method="{asked.method}"` makes narrow FFNs of weights alone and cannot be calibrated; {able} can.'
+        )
+    settle(asked, "what is collected", gradients=True)
+
+
 def _best_kernel(method: Method, calibrated: bool, gradients: bool) -> str:
     """The first of a method's kernels for which enough is known."""
 

@@ -6,7 +6,6 @@ import torch
 from torch import Tensor
 
 from .precision import exact_products
-from .scales import Tangents
 
 SAMPLE_TOKENS = 2048
 """Held-out tokens whose inputs are kept, in the model's dtype: 4.7 MB an FFN at 576 dimensions in float32."""
@@ -28,17 +27,18 @@ class FFNStatistics:
         width: the FFN's neurons.
         in_dim: the dimension of its inputs.
         device: where to accumulate.
+        room: held-out tokens whose inputs are kept.
     """
 
-    def __init__(self, width: int, in_dim: int, device: torch.device | str = "cpu") -> None:
+    def __init__(self, width: int, in_dim: int, device: torch.device | str = "cpu", room: int = SAMPLE_TOKENS) -> None:
         self.product = torch.zeros(width, width, device=device)  # sum of d d^T
         self.sum = torch.zeros(width, dtype=torch.float64, device=device)  # sum of d
         self.shift = torch.zeros(width, device=device)
         self.tokens = 0
         self.width, self.in_dim = width, in_dim
         self._held_out: list[Tensor] = []
+        self._room = room
         self.held_out_tokens = 0
-        self.tangents: Tangents | None = None
         self.fisher: Tensor | None = None  # E[d d^T], d: gradients of the log-likelihood by what the FFN puts out
 
     def add(self, hidden: Tensor) -> None:
@@ -73,10 +73,14 @@ class FFNStatistics:
         """
         if not bool(torch.isfinite(inputs).all()):
             raise ValueError("the inputs hold NaN or infinite values")
-        room = SAMPLE_TOKENS - self.held_out_tokens
+        room = self._room - self.held_out_tokens
         if room > 0:
             self._held_out.append(inputs[:room].detach().clone())
             self.held_out_tokens += len(self._held_out[-1])
+
+    def replace_held_out(self, inputs: Tensor) -> None:
+        """Takes inputs (tokens, in_dim), those of several ranks say, for all that were held out."""
+        self._held_out, self.held_out_tokens = [inputs], len(inputs)
 
     def reshift(self, mean: Tensor) -> None:
         """Moves the shift, so that the sums of several ranks, all moved to the same one, can be added up.

@@ -2,42 +2,56 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
-from typing import Any
+from collections.abc import Callable, Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from ..ffn import FFN, blank_like, features
-from .batches import Batch, shortened
-from .networks import Network
+from ..ffn import FFN, blank_like, capture
+from .batches import Batch, shortened, unlabelled
+from .networks import Network, is_out_of_memory
 
-MAGNIFIED = 1024.0
-"""f is multiplied by this, so that gradients in half precision do not vanish; the scales do not depend on it."""
+Tokens = tuple[Tensor, Tensor]
+"""What goes into an FFN, (tokens, in_dim), and the gradients by what it puts out, (tokens, out_dim)."""
+
+
+class NoGradients(RuntimeError):
+    """A model through which no gradients can be taken, by the nature of its modules."""
 
 
 def gradients_of_sequence(
-    side: Network, sequence: Batch, evaluate: Callable[[Batch], Tensor]
-) -> dict[str, tuple[Tensor, Tensor]]:
+    network: Network, sequence: Batch, evaluate: Callable[[Batch], Tensor], magnified: float
+) -> dict[str, Tokens]:
     """What goes into every FFN, and the gradients by what it puts out.
 
     Args:
-        side: the model in eval mode, and its FFNs.
+        network: the model in eval mode, and its FFNs.
         sequence: a batch of one sequence, of which the first `MOST_LENGTH` tokens count.
         evaluate: maps the batch to the number whose gradients are taken, by running the model.
+        magnified: what the gradients are multiplied by, so that they do not vanish in half precision.
 
     Returns:
-        FFN name -> its inputs (tokens, in_dim) and gradients (tokens, out_dim), `MAGNIFIED`, in CPU memory. Tokens
-        without a gradient, padding above all, are left out.
+        FFN name -> its tokens, in CPU memory. Tokens without a gradient, padding above all, are left out.
+
+    Raises:
+        NoGradients: if there are none, or they are not finite.
     """
-    keep_labels = side.is_encoder_decoder and "decoder_input_ids" not in sequence
-    batch = shortened({key: value for key, value in sequence.items() if key != "labels" or keep_labels})
+    batch = shortened(unlabelled(sequence, network.is_encoder_decoder))
+    inputs: dict[str, Tensor] = {}
     calls: list[tuple[str, Tensor, Tensor]] = []
-    with torch.enable_grad(), _recording(side.ffns, calls):
-        value = evaluate(batch) * MAGNIFIED
-        gradients = torch.autograd.grad(value, [output for _, _, output in calls], allow_unused=True)
-    found = {ffn.name: [_no_tokens(ffn)] for ffn in side.ffns}  # all that an expert may get of a sequence
+
+    def note_input(name: str, x: Tensor) -> None:
+        inputs[name] = x
+
+    def note_output(name: str, output: Tensor) -> Tensor:
+        output = output if output.requires_grad else output.detach().requires_grad_()
+        calls.append((name, inputs.pop(name), output))
+        return output.clone()  # some models add to it in place
+
+    with torch.enable_grad(), capture(network.ffns, inputs=note_input, outputs=note_output):
+        value = evaluate(batch) * magnified
+        gradients = _gradients(value, [output for _, _, output in calls])
+    found = {ffn.name: [_no_tokens(ffn)] for ffn in network.ffns}  # all that an expert may get of a sequence
     for (name, x, output), gradient in zip(calls, gradients, strict=True):
         d = (torch.zeros_like(output) if gradient is None else gradient).flatten(0, -2)
         acts = (d != 0).any(1)
@@ -45,42 +59,25 @@ def gradients_of_sequence(
     return {name: joined(tokens) for name, tokens in found.items()}
 
 
-def _no_tokens(ffn: FFN) -> tuple[Tensor, Tensor]:
-    first, *_, out = ffn.base_projections
-    dtype = blank_like(out).dtype
-    return torch.zeros(0, features(first)[0], dtype=dtype), torch.zeros(0, features(out)[1], dtype=dtype)
-
-
-def joined(tokens: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
-    """Pairs of tensors, one after another."""
+def joined(tokens: Sequence[Tokens]) -> Tokens:
+    """Tokens, one after another."""
     return torch.cat([x for x, _ in tokens]), torch.cat([d for _, d in tokens])
 
 
-@contextmanager
-def _recording(ffns: Sequence[FFN], calls: list[tuple[str, Tensor, Tensor]]) -> Iterator[None]:
-    """Notes every call of the FFNs, with an output that gradients can be taken of though no weight requires one."""
-    with ExitStack() as hooks:
-        for ffn in ffns:
-            inputs: list[Tensor] = []
-            first, *_, out = ffn.projections
-            hooks.callback(first.register_forward_pre_hook(_note_input(inputs)).remove)
-            hooks.callback(out.register_forward_hook(_note_output(ffn.name, inputs, calls)).remove)
-        yield
+def _gradients(value: Tensor, outputs: list[Tensor]) -> Sequence[Tensor | None]:
+    if not value.requires_grad:
+        raise NoGradients("its output does not depend on its FFNs in a way that autograd follows")
+    try:
+        gradients = torch.autograd.grad(value, outputs, allow_unused=True)
+    except (RuntimeError, NotImplementedError) as error:  # a module without a backward pass
+        if is_out_of_memory(error):
+            raise
+        raise NoGradients(f"{type(error).__name__}: {error}") from error
+    if not all(bool(gradient.isfinite().all()) for gradient in gradients if gradient is not None):
+        raise NoGradients("gradients are not finite")
+    return gradients
 
 
-def _note_input(inputs: list[Tensor]) -> Callable[[nn.Module, tuple[Any, ...]], None]:
-    def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
-        inputs.append(args[0])
-
-    return hook
-
-
-def _note_output(
-    name: str, inputs: list[Tensor], calls: list[tuple[str, Tensor, Tensor]]
-) -> Callable[[nn.Module, tuple[Any, ...], Tensor], Tensor]:
-    def hook(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
-        output = output if output.requires_grad else output.detach().requires_grad_()
-        calls.append((name, inputs.pop(), output))
-        return output.clone()  # some models add to it in place
-
-    return hook
+def _no_tokens(ffn: FFN) -> Tokens:
+    dtype = blank_like(ffn.base_projections[-1]).dtype
+    return torch.zeros(0, ffn.in_dim, dtype=dtype), torch.zeros(0, ffn.out_dim, dtype=dtype)

@@ -1,4 +1,4 @@
-"""The two networks that are compared: a fused model and its original, each run without leaving a trace."""
+"""A network to look at: a model with its original or its narrow FFNs shown, run without leaving a trace."""
 
 from __future__ import annotations
 
@@ -9,26 +9,24 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from accelerate.utils import extract_model_from_parallel
-from peft import PeftMixedModel, PeftModel
-from peft.tuners.tuners_utils import BaseTuner
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from ..ffn import FFN, find_ffns
-from ..tuner.layer import FusionLayer
+from ..tuner.layer import FusionLayer, showing
 from ..tuner.narrow import NarrowProjection
 from .batches import Batch
+from .unwrap import unwrapped
 
 
 @dataclass(frozen=True)
 class Network:
-    """One of the two networks.
+    """A model with its original or with its narrow FFNs.
 
     Args:
         model: the transformers model (or module) that is called, adapters beneath it included.
-        ffns: those of its FFNs that are compared, in the model's order.
+        ffns: those of its FFNs that are looked at, in the model's order.
         fused: whether its fusion layers, where there are any, show their narrow FFN.
     """
 
@@ -46,48 +44,63 @@ class Network:
         """Whether it is an encoder-decoder."""
         return bool(getattr(getattr(self.model, "config", None), "is_encoder_decoder", False))
 
+    def of(self, ffns: list[FFN]) -> Network:
+        """The same network, of which other FFNs are looked at."""
+        return Network(self.model, ffns, self.fused)
+
     @contextmanager
     def running(self) -> Iterator[None]:
         """In eval mode, nothing requiring a gradient, its FFNs shown; all is as it was afterwards."""
         training = {module: module.training for module in self.model.modules()}
         trainable = {name: parameter.requires_grad for name, parameter in self.model.named_parameters()}
-        disabled = {layer: layer.disable_adapters for layer in fusion_layers(self.model)}
         try:
-            for layer in disabled:
-                layer.enable_adapters(self.fused)
-            self.model.eval().requires_grad_(False)
-            yield
+            with showing(fusion_layers(self.model), originals=not self.fused):
+                self.model.eval().requires_grad_(False)
+                yield
         finally:
-            for layer, was in disabled.items():
-                layer.enable_adapters(not was)
             for name, parameter in self.model.named_parameters():  # offloaded ones are new objects by now
                 parameter.requires_grad_(trainable[name])
             for module, mode in training.items():
                 module.training = mode
 
-    def __call__(self, batch: Batch, hidden_states: bool = True) -> Any:
+    def __call__(self, batch: Batch, hidden_states: bool = False, logits: bool = True) -> Any:
         """The model's output.
 
         Args:
             batch: the model's inputs.
             hidden_states: whether to ask a transformers model for those of every layer. It does that by hooks, which
                 it keeps.
+            logits: False: those of the last token alone will do, where a model can leave the others out.
 
         Raises:
             ValueError: if the batch is not what the model takes.
         """
         accepted = inspect.signature(self.model.forward).parameters
-        extra = {"use_cache": False} if "use_cache" in accepted else {}
+        extra: dict[str, Any] = {"use_cache": False} if "use_cache" in accepted else {}
         if hidden_states and isinstance(self.model, PreTrainedModel):
             extra["output_hidden_states"] = True
+        if not logits and "logits_to_keep" in accepted and "labels" not in batch:
+            extra["logits_to_keep"] = 1
         inputs = {key: v.to(self.device) if isinstance(v, Tensor) else v for key, v in batch.items()}
         try:
             return self.model(**inputs, **extra)
-        except (TypeError, ValueError, KeyError) as error:
+        except (TypeError, ValueError, LookupError, AttributeError, RuntimeError) as error:
+            if is_out_of_memory(error) or isinstance(error, UnusableActivations):
+                raise
             raise ValueError(
-                f"{type(self.model).__name__} does not take a batch with the keys {sorted(batch)}: {error}. "
-                f"Its forward has the arguments {[name for name in accepted if name not in ('args', 'kwargs')][:8]}."
+                f"{type(self.model).__name__} cannot take a batch with {sorted(batch)}: {error}. Give batches as "
+                f"`Trainer` would give them to it; its forward has the arguments "
+                f"{[name for name in accepted if name not in ('args', 'kwargs')][:8]}."
             ) from error
+
+
+class UnusableActivations(ValueError):
+    """Activations that nothing can be learnt from; tells them from what the model itself raises."""
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that memory ran out, on any device; it must never be taken for another failure."""
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error)
 
 
 def fusion_layers(model: nn.Module) -> list[FusionLayer]:
@@ -105,7 +118,7 @@ def linear_modules(projection: nn.Module, fused: bool) -> list[nn.Module]:
     """The modules that hold a projection's weights: the original's or, for a fused one, the narrow ones."""
     if isinstance(projection, FusionLayer):
         narrow = active_narrow(projection) if fused else None
-        projection = narrow if narrow is not None else projection.base_layer
+        projection = narrow if narrow is not None else projection.original_layer
     return [module for module in projection.modules() if isinstance(module, (nn.Linear, Conv1D, NarrowProjection))]
 
 
@@ -121,21 +134,24 @@ def pair(model: nn.Module, reference: nn.Module | None) -> tuple[Network, Networ
 
     Raises:
         ValueError: if there is no original to compare with, an adapter is merged, or FFNs are missing in one of them.
+        RuntimeError: if the original weights were dropped and there is no reference.
     """
-    model = _unwrapped(model)
+    model = unwrapped(model)
     if any(layer.merged for layer in fusion_layers(model)):
         raise ValueError(
-            "The fusion adapter is merged, so that its original FFNs are not in place. Call `unmerge_adapter()` first."
+            "The fusion adapter is merged, so that its narrow FFNs are not in place. Call `unmerge_adapter()` first."
         )
-    fused = [ffn for ffn in find_ffns(model) if _carries_adapter(ffn)]
+    fused = [ffn for ffn in find_ffns(model) if carries_adapter(ffn)]
     if reference is None:
         if not fused:
             raise ValueError(
                 f"{type(model).__name__} has no active fusion adapter, so there is no original to compare it with. "
                 "Give the original model as `reference`."
             )
+        for layer in fusion_layers(model):
+            layer.require_originals()
         return Network(model, fused, False), Network(model, fused, True)
-    reference = _unwrapped(reference)
+    reference = unwrapped(reference)
     originals = {ffn.name: ffn for ffn in find_ffns(reference)}
     fused = fused or _of_other_width(find_ffns(model), originals)
     missing = [ffn.name for ffn in fused if ffn.name not in originals]
@@ -147,15 +163,8 @@ def pair(model: nn.Module, reference: nn.Module | None) -> tuple[Network, Networ
     return Network(reference, [originals[ffn.name] for ffn in fused], False), Network(model, fused, True)
 
 
-def _unwrapped(model: nn.Module) -> nn.Module:
-    """The model beneath what PEFT and data parallelism put around it."""
-    model = extract_model_from_parallel(model)
-    if isinstance(model, (PeftModel, PeftMixedModel)):
-        model = model.base_model
-    return model.model if isinstance(model, BaseTuner) else model
-
-
-def _carries_adapter(ffn: FFN) -> bool:
+def carries_adapter(ffn: FFN) -> bool:
+    """Whether an FFN shows a narrow one."""
     out = ffn.projections[-1]
     return isinstance(out, FusionLayer) and active_narrow(out) is not None
 

@@ -7,14 +7,15 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..ffn import watch
-from .networks import Batch, Network
+from .batches import Batch
+from .networks import Network
 
 
-def run_whole(side: Network, batch: Batch) -> tuple[Tensor | None, Any]:
+def run_whole(network: Network, batch: Batch) -> tuple[Tensor | None, Any]:
     """The hidden states behind the last layer (an encoder-decoder's decoder), and the model's output."""
-    model: Any = side.model
+    model: Any = network.model
     backbone = getattr(model, "base_model", model)
-    if backbone is model and side.is_encoder_decoder and hasattr(model, "get_decoder"):
+    if backbone is model and network.is_encoder_decoder and hasattr(model, "get_decoder"):
         backbone = model.get_decoder()
     hidden: list[Tensor | None] = [None]
 
@@ -22,7 +23,7 @@ def run_whole(side: Network, batch: Batch) -> tuple[Tensor | None, Any]:
         hidden[0] = getattr(output, "last_hidden_state", None)
 
     with watch([backbone], after=note):
-        output = side(batch, hidden_states=False)
+        output = network(batch)
     return hidden[0], output
 
 

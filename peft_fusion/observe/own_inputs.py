@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import GenerationConfig
 
 from ..progress import progress
+from . import ranks
 
 OWN_LENGTH = 64
 """Tokens of a sequence: many short texts are about more than a few long ones.
@@ -23,11 +26,11 @@ def own_inputs(model: nn.Module, sequences: int, length: int, seed: int) -> list
     """Batches of inputs without any data: a causal LM's own text, random tokens for any other text model.
 
     Sampled text is close to what the model was trained on and calibrates better than a narrow text of another domain;
-    random tokens do worse, but far better than nothing.
+    random tokens do worse, but far better than nothing. Of several ranks each makes some of the batches.
 
     Args:
         model: a transformers model that takes `input_ids`.
-        sequences: how many sequences to make.
+        sequences: how many sequences to make, on all ranks together.
         length: tokens in each.
         seed: makes them repeatable; torch's global random state is left as it was.
 
@@ -41,14 +44,16 @@ def own_inputs(model: nn.Module, sequences: int, length: int, seed: int) -> list
     config: Any = model.config
     positions = getattr(config, "max_position_embeddings", None) or length + 2
     length = min(length, positions - 2)  # RoBERTa's positions start at 2
+    size = min(BATCH_SIZE, -(-sequences // ranks.world()))
+    starts = range(0, sequences, size)[ranks.rank() :: ranks.world()]
     batches = []
-    for start in progress(range(0, sequences, BATCH_SIZE), "Making inputs"):
-        size = min(BATCH_SIZE, sequences - start)
+    for start in progress(starts, "Making inputs"):
+        count = min(size, sequences - start)
         if _is_causal_lm(model):
-            batches.append({"input_ids": _sample_text(model, vocabulary, size, length, seed + start)})
+            batches.append({"input_ids": _sample_text(model, vocabulary, count, length, seed + start)})
         else:
             generator = torch.Generator().manual_seed(seed + start)
-            ids = torch.randint(0, vocabulary, (2, size, length), generator=generator)
+            ids = torch.randint(0, vocabulary, (2, count, length), generator=generator)
             decoder = {"decoder_input_ids": ids[1]} if config.is_encoder_decoder else {}
             batches.append({"input_ids": ids[0], **decoder})
     return batches
@@ -83,7 +88,9 @@ def _sample_text(model: Any, vocabulary: int, size: int, length: int, seed: int)
     start = torch.randint(0, vocabulary, (size, 1), generator=generator)
     if getattr(model.config, "bos_token_id", None) is not None:
         start[: size // 2] = model.config.bos_token_id
-    with torch.random.fork_rng([device] if device.type == "cuda" else []), torch.no_grad():
+    if length == 1:
+        return start
+    with torch.random.fork_rng([device] if device.type == "cuda" else []), torch.no_grad(), _plain_generation(model):
         torch.manual_seed(seed)
         sampled: Tensor = model.generate(
             start.to(device),
@@ -97,3 +104,14 @@ def _sample_text(model: Any, vocabulary: int, size: int, length: int, seed: int)
             pad_token_id=0,
         )
     return sampled
+
+
+@contextmanager
+def _plain_generation(model: Any) -> Iterator[None]:
+    """Sets aside what the model's generation config asks for: penalties, beams, forced tokens, other return types."""
+    before = model.generation_config
+    model.generation_config = GenerationConfig(eos_token_id=before.eos_token_id, bos_token_id=before.bos_token_id)
+    try:
+        yield
+    finally:
+        model.generation_config = before

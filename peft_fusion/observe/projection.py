@@ -15,13 +15,13 @@ from .outputs import main_output
 Function = Callable[[Any, Batch], Tensor]
 
 
-def random_projection(side: Network, seed: int) -> Function:
+def random_projection(network: Network, seed: int) -> Function:
     """f: what the model puts out, averaged over a sequence's tokens, in a fixed random direction.
 
     Of logits a direction that softmax can see: it sums to 0 (their sum is what no cross-entropy depends on).
 
     Args:
-        side: the network whose outputs it takes, for what its decoder's mask is.
+        network: the network whose outputs it takes, for what its decoder's mask is.
         seed: of the direction.
 
     Returns:
@@ -37,7 +37,7 @@ def random_projection(side: Network, seed: int) -> Function:
         if getattr(output, "logits", None) is not None and dim > 1:
             direction -= direction.mean()
         projected = value @ (direction / direction.norm()).to(value)
-        mask = padding_mask(sequence, value.shape, side.is_encoder_decoder)
+        mask = padding_mask(sequence, value.shape, network.is_encoder_decoder)
         return projected.mean() if mask is None else projected[mask.to(projected.device)].mean()
 
     return function

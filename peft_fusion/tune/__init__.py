@@ -7,7 +7,8 @@ from collections.abc import Iterable
 from accelerate import Accelerator
 from torch import nn
 
-from ..observe.networks import Batch, pair
+from ..observe.batches import Batch
+from ..observe.networks import pair
 from .ffn_outputs import tune_ffn_outputs
 from .hidden_states import tune_hidden_states
 
@@ -49,7 +50,7 @@ def tune_layers(
         steps: Adam's steps. "ffn": for each FFN (default 500); "hidden_states": batches (default: the data loader
             once).
         tokens: how many tokens "ffn" collects.
-        accelerator: for "hidden_states": its mixed precision is used, and gradients are averaged over its processes.
+        accelerator: for "hidden_states": its mixed precision is used.
         seed: of the order of tokens.
 
     Returns:

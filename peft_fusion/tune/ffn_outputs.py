@@ -1,23 +1,27 @@
-"""Every narrow FFN on its own learns to put out what the original one does."""
+"""Each narrow FFN on its own learns to put out what the original one does, on the original's inputs."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
-from contextlib import ExitStack
+from collections.abc import Iterable, Sequence
 from itertools import islice
-from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from ..ffn import FFN, capture
 from ..fusing.metric import metric_root
-from ..observe.batches import padding_mask, single_sequences
+from ..observe import ranks
+from ..observe.batches import Batch, Positions, check_batch, single_sequences, unlabelled
 from ..observe.fisher import fisher_information
-from ..observe.networks import Batch, Network
+from ..observe.gradients import NoGradients
+from ..observe.networks import Network
 from ..observe.own_inputs import OWN_LENGTH, own_inputs
 from ..progress import progress
 from .student import Student, fit
+
+Errors = dict[str, tuple[float, float]]
+"""FFN name -> its error before and after."""
 
 METRIC_SEQUENCES = 128  # twice as many as in calibration, in a small part of the time that learning takes
 
@@ -30,59 +34,98 @@ def tune_ffn_outputs(
     steps: int,
     tokens: int,
     seed: int,
-) -> dict[str, tuple[float, float]]:
+) -> Errors:
     """Tunes every narrow FFN; see `tune_layers`, objective "ffn"."""
+    pairs = list(zip(original.ffns, fused.ffns, strict=True))
     with original.running():
         if dataloader is None:
-            dataloader = own_inputs(original.model, math.ceil(tokens / OWN_LENGTH), OWN_LENGTH, seed)
+            made = math.ceil(tokens / OWN_LENGTH)
+            dataloader = ranks.together(lambda: own_inputs(original.model, made, OWN_LENGTH, seed))
         inputs, sequences = _collect_inputs(original, dataloader, tokens)
-        fisher = fisher_information(original, sequences, seed) or {}
-        errors = {}
-        pairs = list(zip(original.ffns, fused.ffns, strict=True))
-        for teacher, student in progress(pairs, "Tuning FFNs"):
+        fisher = _fisher(original, sequences, seed)
+
+        def learn(teacher: FFN, student: FFN) -> tuple[Student, float, float]:
             x = inputs.pop(teacher.name)
             root = metric_root(fisher[teacher.name].to(x.device)) if teacher.name in fisher else None
-            errors[student.name] = fit(Student(student, teacher, root), x, learning_rate, steps, seed)
+            pupil = Student(student, teacher, root)
+            return pupil, *fit(pupil, x, learning_rate, steps, seed)
+
+        learnt = ranks.together(lambda: [learn(*p) for p in progress(ranks.own(pairs), "Tuning FFNs")])
+    return _install(pairs, learnt)
+
+
+def _install(pairs: Sequence[tuple[FFN, FFN]], learnt: Iterable[tuple[Student, float, float]]) -> Errors:
+    """Writes what every rank's students learnt into the model, once all of it is there."""
+    own = iter(learnt)
+    errors: Errors = {}
+    writing: list[tuple[Tensor, Tensor]] = []
+    for index, (teacher, ffn) in enumerate(pairs):
+        owner = ranks.owner(index)
+        student, *found = next(own) if owner == ranks.rank() else (Student(ffn, teacher, None), 0.0, 0.0)
+        before, after = ranks.object_from_rank(owner, tuple(found))
+        values = ranks.from_rank(owner, [weight.detach() for weight in student.weights])
+        writing += zip(student.parameters, values, strict=True)
+        errors[ffn.name] = (before, after)
+    write_all(writing)
     return errors
 
 
-def _collect_inputs(side: Network, dataloader: Iterable[Batch], tokens: int) -> tuple[dict[str, Tensor], list[Batch]]:
-    """The inputs of every FFN, tensors of shape (tokens, in_dim), without padding, and some sequences.
+@torch.no_grad()
+def write_all(writing: list[tuple[Tensor, Tensor]]) -> None:
+    """Copies values into parameters; if that is interrupted, all are as they were."""
+    before = [(parameter, parameter.detach().clone()) for parameter, _ in writing]
+    try:
+        for parameter, value in writing:
+            parameter.copy_(value)
+    except BaseException:
+        for parameter, value in before:
+            parameter.copy_(value)
+        raise
+
+
+def _fisher(original: Network, sequences: list[Batch], seed: int) -> dict[str, Tensor]:
+    """The metric's Fisher information; none where the model has no gradients, and all errors then count alike."""
+    try:
+        return fisher_information(original, sequences, seed)
+    except NoGradients:
+        return {}
+
+
+def _collect_inputs(
+    network: Network, dataloader: Iterable[Batch], tokens: int
+) -> tuple[dict[str, Tensor], list[Batch]]:
+    """The inputs of this rank's FFNs, of all ranks: (tokens, in_dim), without padding; and some of its sequences.
 
     Raises:
         ValueError: if the data loader gives no batch that the model takes.
     """
-    kept: dict[str, list[Tensor]] = {ffn.name: [] for ffn in side.ffns}
+    kept: dict[str, list[Tensor]] = {ffn.name: [] for ffn in network.ffns}
     sequences: list[Batch] = []
-    with ExitStack() as stack, torch.no_grad():
-        current: dict[str, Any] = {}
-        for ffn in side.ffns:
-            handle = ffn.projections[0].register_forward_pre_hook(
-                _keeper(kept[ffn.name], current, side.is_encoder_decoder and "decoder" in ffn.name.split("."))
-            )
-            stack.callback(handle.remove)
+    positions: list[Positions] = []
+    share = ranks.share_of(tokens)
+
+    def keep(name: str, x: Tensor) -> None:
+        valid, _ = positions[-1].of(name, x)
+        kept[name].append(x.reshape(-1, x.shape[-1])[valid])
+
+    def collect() -> None:
         for batch in dataloader:
-            current.clear()
-            current.update(batch)
-            side({key: value for key, value in batch.items() if key != "labels" or _needs_labels(side, batch)})
-            sequences += islice(single_sequences(batch), METRIC_SEQUENCES - len(sequences))
-            if min(sum(map(len, found)) for found in kept.values()) >= tokens:
+            check_batch(batch)
+            positions[:] = [Positions(batch, network.is_encoder_decoder)]
+            network(unlabelled(batch, network.is_encoder_decoder), logits=False)
+            sequences.extend(islice(single_sequences(batch), ranks.share_of(METRIC_SEQUENCES) - len(sequences)))
+            if min(sum(map(len, found)) for found in kept.values()) >= share:
                 break
-    if not all(kept.values()):
-        raise ValueError("The dataloader yields no batch: give one that can be iterated anew, with at least one batch.")
-    return {name: torch.cat(found)[:tokens] for name, found in kept.items()}, sequences
+        if not all(kept.values()):
+            raise ValueError(
+                "The dataloader yields no batch: give one that can be iterated anew, with at least one batch."
+            )
 
-
-def _needs_labels(side: Network, batch: Batch) -> bool:
-    """Whether an encoder-decoder makes its decoder's inputs from the labels."""
-    return side.is_encoder_decoder and "decoder_input_ids" not in batch
-
-
-def _keeper(kept: list[Tensor], batch: Batch, decoder: bool) -> Callable[[nn.Module, tuple[Any, ...]], None]:
-    """A hook that keeps an FFN's inputs."""
-
-    def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
-        mask = padding_mask(batch, args[0].shape, decoder)
-        kept.append(args[0].flatten(0, -2) if mask is None else args[0][mask.to(args[0].device)])
-
-    return hook
+    with torch.no_grad(), capture(network.ffns, inputs=keep):
+        ranks.together(collect)
+    inputs = {}
+    for index, ffn in enumerate(network.ffns):
+        joined = ranks.joined_over_ranks(torch.cat(kept.pop(ffn.name))[:share])
+        if ranks.owner(index) == ranks.rank():
+            inputs[ffn.name] = joined
+    return inputs, sequences

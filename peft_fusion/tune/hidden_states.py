@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from itertools import count
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from ..observe.batches import padding_mask
-from ..observe.networks import Batch, Network, active_narrow, fusion_layers
+from ..observe import ranks
+from ..observe.batches import Batch, check_batch, padding_mask, unlabelled
+from ..observe.networks import Network, active_narrow, fusion_layers
 from ..progress import progress
-from .ffn_outputs import _needs_labels
 
 SIDES = (("hidden_states", False), ("encoder_hidden_states", False), ("decoder_hidden_states", True))
 
@@ -31,19 +32,47 @@ def tune_hidden_states(
     if not narrow:
         raise ValueError("Only a model with an active fusion adapter can be tuned; this one has no fused weights.")
     parameters = [parameter for module in narrow for parameter in module.parameters()]
-    adam = torch.optim.Adam(parameters, lr=learning_rate)
     losses: list[float] = []
-    for batch in progress(dataloader, "Tuning hidden states"):
-        if len(losses) == steps:
-            break
-        inputs = {k: v for k, v in batch.items() if k != "labels" or _needs_labels(fused, batch)}
-        with original.running(), torch.no_grad(), _precision(accelerator):
-            expected = _hidden_states(original(inputs))
-        losses.append(_step(fused, inputs, expected, parameters, adam, accelerator))
+    with _kept_on_failure(parameters):
+        adam = torch.optim.Adam(parameters, lr=learning_rate)
+        for batch in _in_step(progress(dataloader, "Tuning hidden states"), steps):
+            check_batch(batch)
+            inputs = unlabelled(batch, fused.is_encoder_decoder)
+            with original.running(), torch.no_grad(), _precision(accelerator):
+                expected = _hidden_states(original(inputs, hidden_states=True))
+            losses.append(_step(fused, inputs, expected, parameters, adam, accelerator))
     if not losses:
         raise ValueError("The dataloader yields no batch: give one that can be iterated anew, with at least one batch.")
     tenth = max(1, len(losses) // 10)
     return {"hidden_states": (sum(losses[:tenth]) / tenth, sum(losses[-tenth:]) / tenth)}
+
+
+def _in_step(batches: Iterable[Batch], steps: int | None) -> Iterator[Batch]:
+    """So many batches, or all; where there are several ranks, as long as each of them has one."""
+    iterator = iter(batches)
+    for _ in range(steps) if steps is not None else count():
+        batch = next(iterator, None)
+        if ranks.sum_of(batch is None):
+            return
+        assert batch is not None
+        yield batch
+
+
+@contextmanager
+def _kept_on_failure(parameters: list[nn.Parameter]) -> Iterator[None]:
+    """Gradients are as they were afterwards, and weights are if anything, an interrupt included, ends the block."""
+    gradients = [parameter.grad for parameter in parameters]
+    before = [parameter.detach().clone() for parameter in parameters]
+    try:
+        yield
+    except BaseException:
+        with torch.no_grad():
+            for parameter, value in zip(parameters, before, strict=True):
+                parameter.copy_(value)
+        raise
+    finally:
+        for parameter, gradient in zip(parameters, gradients, strict=True):
+            parameter.grad = gradient
 
 
 def _step(
@@ -60,16 +89,21 @@ def _step(
             parameter.requires_grad_(True)
         with torch.enable_grad():
             with _precision(accelerator):
-                found = _hidden_states(fused(batch))
+                found = _hidden_states(fused(batch, hidden_states=True))
             loss = hidden_state_error(found, expected, batch)
             gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
         for parameter, gradient in zip(parameters, gradients, strict=True):
-            if gradient is not None and accelerator is not None:
-                gradient = accelerator.reduce(gradient, reduction="mean")
-            parameter.grad = gradient
+            parameter.grad = None if gradient is None else _mean_over_ranks(gradient, accelerator)
         adam.step()
         adam.zero_grad()
     return float(loss.detach())
+
+
+def _mean_over_ranks(gradient: Tensor, accelerator: Accelerator | None) -> Tensor:
+    if accelerator is None:
+        return ranks.sum_over_ranks(gradient) / ranks.world()
+    mean: Tensor = accelerator.reduce(gradient, reduction="mean")
+    return mean
 
 
 def _precision(accelerator: Accelerator | None) -> AbstractContextManager:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from ..ffn import FFN, run_ffn
 from ..observe.networks import active_narrow
@@ -33,16 +35,24 @@ others; a rate that learns far more in as many steps does not overfit.
 class Student:
     """A narrow FFN that learns: maps inputs (tokens, in_dim) to outputs in the metric's coordinates, in float32.
 
+    It learns with weights of its own, and the model's stay as they are.
+
     Args:
         ffn: its projections, fusion layers or plain modules.
         teacher: the original FFN.
-        root: of the metric in which errors are measured, (out_dim, out_dim); None: the plain one.
+        metric_root: of the metric in which errors are measured, (out_dim, out_dim); None: the plain one.
     """
 
-    def __init__(self, ffn: FFN, teacher: FFN, root: Tensor | None) -> None:
-        self.ffn, self.teacher, self.root = ffn, teacher, root
-        self.modules = [narrow for layer in ffn.projections if (narrow := _narrow(layer)) is not None]
-        self.parameters = [parameter for module in self.modules for parameter in module.parameters()]
+    def __init__(self, ffn: FFN, teacher: FFN, metric_root: Tensor | None) -> None:
+        self.ffn, self.teacher, self.metric_root = ffn, teacher, metric_root
+        modules = [narrow for layer in ffn.projections if (narrow := _narrow(layer)) is not None]
+        self.parameters = [parameter for module in modules for parameter in module.parameters()]
+        own = [
+            {name: p.detach().float().clone().requires_grad_() for name, p in module.named_parameters()}
+            for module in modules
+        ]
+        self.weights = [weight for named in own for weight in named.values()]
+        self._projections = [partial(_called, module, named) for module, named in zip(modules, own, strict=True)]
 
     def __call__(self, x: Tensor) -> Tensor:
         """The products are in bfloat16 where it is fast.
@@ -50,7 +60,7 @@ class Student:
         Its rounding, 0.4 % of a value, is far below what a narrow FFN misses, and the weights stay in float32.
         """
         with torch.autocast(x.device.type, torch.bfloat16, enabled=_fast_bfloat16(x.device)):
-            y = run_ffn(self.ffn, self.modules, x.float()).float()
+            y = run_ffn(self.ffn, self._projections, x.float()).float()
         return self._seen(y)
 
     @torch.no_grad()
@@ -60,7 +70,7 @@ class Student:
         return self._seen(torch.cat(parts).float())
 
     def _seen(self, y: Tensor) -> Tensor:
-        return y if self.root is None else y @ self.root
+        return y if self.metric_root is None else y @ self.metric_root
 
     @torch.no_grad()
     def error(self, x: Tensor, y: Tensor) -> float:
@@ -72,7 +82,7 @@ def fit(student: Student, x: Tensor, learning_rate: float, steps: int, seed: int
     """Fits a narrow FFN to what the original puts out.
 
     Args:
-        student: the narrow FFN; left as it is unless it gets better on held-out tokens.
+        student: the narrow FFN; its weights stay what they are unless it gets better on held-out tokens.
         x: inputs, shape (tokens, in_dim), in the original's dtype.
         learning_rate: of Adam, relative to the root mean square of each weight tensor.
         steps: Adam's steps.
@@ -81,29 +91,24 @@ def fit(student: Student, x: Tensor, learning_rate: float, steps: int, seed: int
     Returns:
         The relative squared error on held-out tokens, before and after.
     """
-    parameters = student.parameters
-    dtypes = {parameter: parameter.dtype for parameter in parameters}
-    for parameter in parameters:
-        parameter.data = parameter.data.float()  # half-precision weights would not move by small steps
-        parameter.requires_grad_(True)
     held_out = torch.arange(len(x), device=x.device) % HELD_OUT == HELD_OUT - 1
     test = (x[held_out], student.taught(x[held_out]))
     before = student.error(*test)
-    best, kept = before, [parameter.detach().clone() for parameter in parameters]
+    best, kept = before, [weight.detach().clone() for weight in student.weights]
     with torch.enable_grad():
         for _ in _adam(student, x[~held_out], learning_rate, steps, seed):
             error = student.error(*test)
             if error < best:
-                best, kept = error, [parameter.detach().clone() for parameter in parameters]
-    for parameter, value in zip(parameters, kept, strict=True):
-        parameter.grad = None
-        parameter.data = value.to(dtypes[parameter])
+                best, kept = error, [weight.detach().clone() for weight in student.weights]
+    with torch.no_grad():
+        for weight, value in zip(student.weights, kept, strict=True):
+            weight.copy_(value)
     return before, best
 
 
 def _adam(student: Student, x: Tensor, learning_rate: float, steps: int, seed: int) -> Iterator[None]:
     """Takes Adam's steps along a cosine, and stops now and then for a look at the held-out error."""
-    sizes = [(p, learning_rate * float(p.detach().square().mean().sqrt())) for p in student.parameters]
+    sizes = [(p, learning_rate * float(p.detach().square().mean().sqrt())) for p in student.weights]
     adam = torch.optim.Adam([{"params": [parameter], "lr": rate} for parameter, rate in sizes if rate])
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(adam, steps)
     y = student.taught(x)
@@ -147,3 +152,9 @@ def _fast_bfloat16(device: torch.device) -> bool:
 
 def _narrow(layer: nn.Module) -> nn.Module | None:
     return active_narrow(layer) if isinstance(layer, FusionLayer) else layer
+
+
+def _called(module: nn.Module, weights: Mapping[str, Tensor], x: Tensor) -> Tensor:
+    """A module's output with other weights than its own."""
+    output: Tensor = functional_call(module, dict(weights), (x,))
+    return output

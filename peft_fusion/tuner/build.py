@@ -7,28 +7,23 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from ..ffn import blank_like, check_finite, find_activation, projection_tensors, read_ffn
-from ..fusing.calibrated import fuse_calibrated
+from ..ffn import blank_like, check_finite, projection_tensors, read_ffn
 from ..fusing.methods import find_method, narrow_by
 from ..fusing.methods.svd import rank_factors
 from ..fusing.recipe import Recipe
 from ..fusing.rows import balance
 from ..fusing.weights import FFNWeights, NarrowFFN
 from ..progress import progress
-from .calibration import Calibration
 from .narrow import LowRankProjection, NarrowInProjection, NarrowOutProjection, NarrowProjection
 from .plan import PlannedFFN
 
 
-def fused_projections(
-    plan: Sequence[PlannedFFN], recipe: Recipe, calibration: Calibration | None
-) -> list[list[NarrowProjection]]:
-    """The narrow projections of every planned FFN, made from the weights that the model holds.
+def fused_projections(plan: Sequence[PlannedFFN], recipe: Recipe) -> list[list[NarrowProjection]]:
+    """The narrow projections of every planned FFN, made from the weights that the model holds, without data.
 
     Args:
         plan: what to fuse, and to what width.
         recipe: how.
-        calibration: statistics for each planned FFN, if the recipe needs them.
 
     Returns:
         For each planned FFN its projections, the out-projection last.
@@ -44,9 +39,15 @@ def fused_projections(
         if find_method(recipe.method).low_rank:
             result.append(_low_rank(weights, planned))
         else:
-            narrow = _narrow_ffn(weights, planned, recipe, calibration)
-            result.append(_projections(narrow, planned, recipe))
+            narrow = narrow_by(weights, planned.width, recipe, planned.ffn.homogeneity)
+            result.append(projections_of(narrow, planned, recipe))
     return result
+
+
+def whole(planned: PlannedFFN) -> NarrowFFN:
+    """An FFN that keeps its width, as a narrow one: views of its weights, and a scale of ones."""
+    weights = read_ffn(planned.ffn)
+    return NarrowFFN(weights, torch.ones(weights.width, device=weights.out_weight.device))
 
 
 def random_projections(planned: PlannedFFN, recipe: Recipe, generator: torch.Generator) -> list[NarrowProjection]:
@@ -59,16 +60,7 @@ def empty_projections(planned: PlannedFFN, recipe: Recipe) -> list[NarrowProject
     return _made_of(planned, recipe, lambda shape: torch.full(shape, torch.nan))
 
 
-def _narrow_ffn(weights: FFNWeights, planned: PlannedFFN, recipe: Recipe, calibration: Calibration | None) -> NarrowFFN:
-    """One narrow FFN by the recipe."""
-    homogeneity = planned.ffn.homogeneity
-    if not recipe.calibration or calibration is None or planned.width == planned.ffn.width:
-        return narrow_by(weights, planned.width, recipe, homogeneity)
-    statistics = calibration.take(planned.ffn.name)
-    return fuse_calibrated(weights, planned.width, statistics, find_activation(planned.ffn), recipe, homogeneity)
-
-
-def _projections(narrow: NarrowFFN, planned: PlannedFFN, recipe: Recipe) -> list[NarrowProjection]:
+def projections_of(narrow: NarrowFFN, planned: PlannedFFN, recipe: Recipe) -> list[NarrowProjection]:
     """Narrow weights as the modules that hold them, each in the dtype and on the device of its original."""
     weights = narrow.folded() if recipe.scale == "none" else narrow.weights
     tensors = projection_tensors(weights, planned.ffn.layout)

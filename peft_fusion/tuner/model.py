@@ -10,11 +10,11 @@ from peft.tuners.tuners_utils import BaseTuner, _ExcludedModule
 from torch import Tensor, nn
 
 from ..fusing.settle import settle
-from .build import empty_projections, fused_projections, random_projections
-from .calibration import calibration_for, drop_calibration
+from .build import empty_projections, fused_projections, projections_of, random_projections
 from .checkpoint import check_checkpoint, narrow_state_dict
 from .config import FusionConfig
 from .guarded import GuardedTuner, check_adapter_name
+from .handover import calibrated_for, drop_calibrated
 from .layer import FusionLayer
 from .narrow import NarrowProjection
 from .plan import PlannedFFN, plan_ffns
@@ -136,19 +136,20 @@ class FusionModel(GuardedTuner):
         """Makes every narrow projection of the adapter; nothing in the model has been changed up to here."""
         plan = plan_ffns(model, peft_config, self._state_dict)
         loads = peft_config.fused or self._weights_follow or self._state_dict is not None
-        calibration = None if loads else calibration_for(model, plan)
-        source, gradients = (calibration.source, calibration.has_gradients) if calibration else ("", False)
-        recorded = recorded_recipe(peft_config) if peft_config.fused else None
-        recipe = recorded or settle(asked_recipe(peft_config), source, gradients)
+        asked = asked_recipe(peft_config)
+        calibrated = None if loads or not peft_config.init_weights else calibrated_for(model, plan, asked)
+        recipe = calibrated.recipe if calibrated else (loads and recorded_recipe(peft_config)) or settle(asked)
         check_checkpoint(model, peft_config, plan, recipe)
         if loads:
             ffns = [empty_projections(planned, recipe) for planned in plan]
         elif not peft_config.init_weights:
             generator = torch.Generator().manual_seed(peft_config.seed)
             ffns = [random_projections(planned, recipe, generator) for planned in plan]
+        elif calibrated:
+            ffns = [projections_of(calibrated.narrow[p.ffn.name], p, recipe) for p in plan]
+            drop_calibrated(model)
         else:
-            ffns = fused_projections(plan, recipe, calibration)
-            drop_calibration(model)
+            ffns = fused_projections(plan, recipe)
         for planned, projections in zip(plan, ffns, strict=True):
             for name, projection in zip(planned.ffn.projection_names, projections, strict=True):
                 self._projections[name] = (projection, planned)

@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -13,6 +9,7 @@ import torch
 from architectures import BY_NAME
 from helpers import half, logits
 from peft import PeftModel, get_peft_model
+from two import run_by_two
 
 LLAMA = BY_NAME["llama"]
 CASES = [
@@ -29,35 +26,11 @@ CASES = [
 STEPS = 2
 
 
-def free_port() -> int:
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        return int(sock.getsockname()[1])
-
-
 @pytest.fixture(scope="module")
 def trained_by_two(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder to which worker.py, run in two processes for all cases (starting it costs most), wrote."""
     folder = tmp_path_factory.mktemp("distributed")
-    command = [sys.executable, str(Path(__file__).parent / "worker.py"), str(folder), *CASES]
-    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": "2"}
-    shared |= {"PYTHONPATH": os.pathsep.join(p for p in sys.path if p), "OMP_NUM_THREADS": "1"}
-    processes = [
-        subprocess.Popen(
-            command,
-            env=os.environ | shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    try:
-        outputs = [process.communicate(timeout=240)[0] for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    assert [process.returncode for process in processes] == [0, 0], "\n".join(outputs)[-4000:]
+    run_by_two("worker.py", str(folder), *CASES)
     return folder
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from peft_fusion.fusing.stand_in import STRENGTH, stand_in
 from test_calibrated import DIM, WIDTH, draw, gather, make, outputs, plain, settled
 from torch import Tensor
 from torch.nn.functional import gelu, silu
@@ -15,7 +16,6 @@ from peft_fusion.fusing.gradient_kernels import TokenGradients, adam_kernels
 from peft_fusion.fusing.metric import FLATTENING
 from peft_fusion.fusing.rows import select_rows
 from peft_fusion.fusing.scales import MOST, SEQUENCES, Tangents, match_tangent_kernel
-from peft_fusion.fusing.stand_in import STRENGTH, stand_in
 from peft_fusion.fusing.weights import FFNWeights
 
 COUNTS = (5, 0, 9, 7, 3)

@@ -1,26 +1,25 @@
-"""The Fisher information of FFN outputs: whose predictions it is of, and what becomes of models without gradients."""
+"""The Fisher information of FFN outputs: whose predictions it is of, and how its tokens count."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 from architectures import ARCHITECTURES, BY_NAME
-from peft import get_peft_model
 from torch import Tensor, nn
 
-from peft_fusion import FusionConfig, calibrate
 from peft_fusion.ffn import find_ffns
 from peft_fusion.observe.batches import single_sequences
-from peft_fusion.observe.fisher import METRIC_SEQUENCES, _categorical, _gaussian, drawn_likelihood
+from peft_fusion.observe.fisher import _categorical, _gaussian, fisher_information
+from peft_fusion.observe.gradients import NoGradients
 from peft_fusion.observe.networks import Network
-from peft_fusion.tuner.calibration import calibration_for
-from peft_fusion.tuner.plan import plan_ffns
+
+Batch = dict[str, Tensor]
 
 
-def fishers(model: nn.Module, config: FusionConfig) -> dict[str, Tensor | None]:
-    calibration = calibration_for(model, plan_ffns(model, config))
-    assert calibration is not None
-    return {name: statistic.fisher for name, statistic in calibration.statistics.items()}
+def fishers(model: nn.Module, batches: list[Batch], seed: int = 0) -> dict[str, Tensor]:
+    network = Network(model, find_ffns(model), fused=False)
+    with network.running():
+        return fisher_information(network, [one for batch in batches for one in single_sequences(batch)], seed)
 
 
 def second_moment_of_gradients(likelihood, value: Tensor) -> Tensor:
@@ -41,68 +40,97 @@ def test_the_fisher_information_of_a_gaussian():
     torch.testing.assert_close(second_moment_of_gradients(_gaussian, torch.ones(3)), torch.eye(3), rtol=0, atol=0.02)
 
 
-@pytest.mark.parametrize("name", ["llama", "bert", "t5"])
-def test_gradients_are_those_of_a_plain_backward_pass(name):
-    """The outputs of the last FFN, by hooks and `backward`, over the same draws; of enough sentences, and no more."""
-    architecture = BY_NAME[name]
-    model, config = architecture.make(), FusionConfig(ratio=0.5)
-    data = [architecture.batch(seed=seed, size=4) for seed in range(1 + METRIC_SEQUENCES // 4)]
-    calibrate(model, config, data)
-    sentences = [sentence for batch in data for sentence in single_sequences(batch)][:METRIC_SEQUENCES]
-    side = Network(model, find_ffns(model), fused=False)
-    last, draws = side.ffns[-1], torch.Generator().manual_seed(config.seed + 2)
+def by_hand(model: nn.Module, sequences: list[Tensor], seed: int) -> Tensor:
+    """Sum of d d^T for the last FFN of a Llama: draws, log-likelihoods and gradients by plain autograd."""
+    draws = torch.Generator().manual_seed(seed)
     total = torch.zeros(32, 32)
-    for sentence in sentences:
+    for ids in sequences:
         kept: list[Tensor] = []
 
         def keep(module, args, output, kept=kept):
             output.retain_grad()
             kept.append(output)
 
-        handle = last.projections[-1].register_forward_hook(keep)
-        drawn_likelihood(side, sentence, draws).backward()
+        handle = model.model.layers[-1].mlp.down_proj.register_forward_hook(keep)
+        logits = model(input_ids=ids).logits[0]
         handle.remove()
-        gradient = kept[0].grad.flatten(0, -2)
-        total += gradient.T @ gradient
-    found = fishers(model, config)[last.name]
-    torch.testing.assert_close(found / found.trace(), total / total.trace(), rtol=1e-3, atol=1e-6)
+        probabilities = logits.detach().softmax(-1)
+        uniform = torch.rand(1, len(logits), generator=draws)[0]
+        drawn = [int((p.cumsum(0) < u).sum()) for p, u in zip(probabilities, uniform, strict=True)]
+        nn.functional.cross_entropy(logits, torch.tensor(drawn), reduction="sum").backward()
+        for d in kept[0].grad[0]:
+            total += torch.outer(d, d)
+    return total
+
+
+def lengths(*sizes: int) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(5)
+    return [torch.randint(3, 99, (1, size), generator=generator) for size in sizes]
+
+
+def test_every_token_counts_alike_however_long_its_sequence_is():
+    """Ten sequences of four tokens must not outweigh ten of forty, as a mean inside the likelihood makes them."""
+    model = BY_NAME["llama"].make()
+    short, long = lengths(*[4] * 10), lengths(*[40] * 10)
+    found = fishers(model, [{"input_ids": ids} for ids in (*short, *long)], seed=3)["model.layers.2.mlp"]
+    expected = by_hand(model, [*short, *long], seed=3)
+    torch.testing.assert_close(found / found.trace(), expected / expected.trace(), rtol=1e-3, atol=1e-6)
+    share = by_hand(model, short, seed=3).trace() / expected.trace()
+    assert share < 0.3  # the short ones have a tenth of the tokens
+
+
+def test_padding_adds_nothing():
+    model, (ids,) = BY_NAME["llama"].make(), lengths(7)
+    padded = {
+        "input_ids": torch.cat([ids, torch.full((1, 5), 7)], dim=1),
+        "attention_mask": torch.tensor([[1] * 7 + [0] * 5]),
+    }
+    found = fishers(model, [padded])["model.layers.2.mlp"]
+    # draws for the padding are taken as well, so that the same uniforms meet the same tokens
+    expected = fishers(model, [{"input_ids": ids}])["model.layers.2.mlp"]
+    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES, ids=lambda a: a.name)
-@pytest.mark.filterwarnings("error:No gradients")
-def test_every_ffn_has_one(architecture):
-    model, config = architecture.make(), FusionConfig(ratio=0.5)
-    calibrate(model, config, [architecture.batch(labels=True, seed=seed, size=4) for seed in range(3)])
-    for fisher in fishers(model, config).values():
-        assert fisher is not None and fisher.shape == (32, 32) and float(fisher.trace()) > 0
+def test_every_ffn_has_one(architecture, unchanged):
+    model = architecture.make()
+    check = unchanged(model)
+    found = fishers(model, [architecture.batch(seed=seed, size=4) for seed in range(2)])
+    check()
+    assert len(found) == architecture.ffns
+    for fisher in found.values():
+        assert fisher.shape == (32, 32) and float(fisher.trace()) > 0
         torch.testing.assert_close(fisher, fisher.T)
 
 
-def test_a_language_model_predicts_tokens_and_a_classifier_its_hidden_states():
+@pytest.mark.parametrize(("name", "head", "matters"), [("bert", "classifier", False), ("llama", "lm_head", True)])
+def test_a_language_model_predicts_tokens_and_a_classifier_its_hidden_states(name, head, matters):
     """The head of a classifier is new, so it must not matter; a language model's matters."""
-    for name, head, matters in (("bert", "classifier", False), ("llama", "lm_head", True)):
-        architecture, config = BY_NAME[name], FusionConfig(ratio=0.5)
-        found = []
-        for factor in (1.0, 3.0):
-            model = architecture.make()
-            model.get_submodule(head).weight.data[:1] *= factor
-            calibrate(model, config, [architecture.batch(size=4)])
-            fisher = next(iter(fishers(model, config).values()))
-            found.append(fisher / fisher.trace())
-        assert torch.equal(*found) != matters
+    found = []
+    for factor in (1.0, 3.0):
+        model = BY_NAME[name].make()
+        model.get_submodule(head).weight.data[:1] *= factor
+        fisher = next(iter(fishers(model, [BY_NAME[name].batch(size=4)]).values()))
+        found.append(fisher / fisher.trace())
+    assert torch.equal(*found) != matters
 
 
-def test_without_gradients_neurons_are_compared_by_their_outputs(unchanged):
-    llama, config = BY_NAME["llama"], FusionConfig(ratio=0.5)
-    model = llama.make()
+def test_a_part_of_the_ffns_has_the_same_as_all():
+    model = BY_NAME["llama"].make()
+    batches = [{"input_ids": ids} for ids in lengths(5, 9)]
+    whole = fishers(model, batches)
+    network = Network(model, find_ffns(model)[1:2], fused=False)
+    with network.running():
+        (part,) = fisher_information(network, batches, 0).values()
+    assert torch.equal(part, whole["model.layers.1.mlp"])
+
+
+def test_a_model_without_gradients_says_so():
+    model = BY_NAME["llama"].make()
     model.lm_head.forward = torch.no_grad()(model.lm_head.forward)
-    check = unchanged(model)
-    with pytest.warns(UserWarning, match="errors of its FFNs' outputs all count alike: RuntimeError"):
-        calibrate(model, config, [llama.batch(size=8)])
-    check(calibrated=True)
-    assert set(fishers(model, config).values()) == {None}
-    with pytest.raises(ValueError, match=r'`kernel="fisher"` needs gradients, .*; `kernel="outputs"` does not'):
-        get_peft_model(model, FusionConfig(ratio=0.5, kernel="fisher"))
-    check(calibrated=True)
-    get_peft_model(model, config)
-    assert config.fused_by["kernel"] == "outputs"
+    with pytest.raises(NoGradients, match="does not depend on its FFNs in a way that autograd follows"):
+        fishers(model, [BY_NAME["llama"].batch()])
+    model = BY_NAME["llama"].make()
+    model.lm_head.weight.data[:] = torch.inf
+    with pytest.raises(NoGradients, match="not finite"):
+        fishers(model, [BY_NAME["llama"].batch()])

@@ -21,7 +21,7 @@ def student(request) -> Student:
 
 
 def inputs(student: Student, tokens: int = 4000) -> torch.Tensor:
-    dim = student.modules[0].weight.shape[1]
+    dim = student.weights[0].shape[1]
     generator = torch.Generator().manual_seed(0)
     mixing = torch.linspace(0.5, 2, dim).diag() + torch.randn(dim, dim, generator=generator) / dim**0.5
     return torch.randn(tokens, dim, generator=generator) @ mixing + 3
@@ -43,18 +43,16 @@ def test_half_of_a_lesson_was_met_and_half_is_near_and_the_teacher_is_right_on_b
 
 
 def test_damped_steps_are_shorter_where_gradients_are_small(student, monkeypatch):
-    x, start = inputs(student, 600), [p.detach().clone() for p in student.parameters]
+    x, start = inputs(student, 600), [weight.detach().clone() for weight in student.weights]
     moves = {}
     for damping in (0.0, 1.0, 1e6):
         monkeypatch.setattr(student_module, "DAMPING", damping)
-        for parameter, value in zip(student.parameters, start, strict=True):
-            parameter.data = value.clone()
-        for parameter in student.parameters:
-            parameter.requires_grad_(True)
+        for weight, value in zip(student.weights, start, strict=True):
+            weight.data = value.clone()
         with torch.enable_grad():
             for _ in student_module._adam(student, x, 0.01, 1, 0):
                 pass
-        moved = (student.parameters[0].detach() - start[0]).abs()
+        moved = (student.weights[0].detach() - start[0]).abs()
         moves[damping] = moved / moved.max()
     assert moves[0.0].median() > 0.99  # Adam's first step: all weights alike
     assert moves[1.0].median() < 0.9
@@ -64,12 +62,12 @@ def test_damped_steps_are_shorter_where_gradients_are_small(student, monkeypatch
 def test_inputs_near_those_that_were_met_are_learnt_too(student, monkeypatch):
     x = inputs(student, 256)
     near = x + 0.35 * (x[torch.randperm(256, generator=torch.Generator().manual_seed(9))] - x.flip(0))
-    start = [p.detach().clone() for p in student.parameters]
+    start = [weight.detach().clone() for weight in student.weights]
     errors = []
     for noise in (0.0, 0.7):
         monkeypatch.setattr(student_module, "NOISE", noise)
-        for parameter, value in zip(student.parameters, start, strict=True):
-            parameter.data = value.clone()
+        for weight, value in zip(student.weights, start, strict=True):
+            weight.data = value.clone()
         fit(student, x, 0.04, 150, 0)
         errors.append(student.error(near, student.taught(near)))
     assert errors[1] < errors[0]

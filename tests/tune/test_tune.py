@@ -7,12 +7,12 @@ import warnings
 import pytest
 import torch
 from architectures import ARCHITECTURES, BY_NAME
-from helpers import logits
+from helpers import half, logits
 from peft import get_peft_model
 
 from peft_fusion import FusionConfig, fuse
 from peft_fusion.observe.networks import pair
-from peft_fusion.tune import tune_layers
+from peft_fusion.tune import ffn_outputs, tune_layers
 from peft_fusion.tune.ffn_outputs import METRIC_SEQUENCES
 from peft_fusion.tune.hidden_states import _hidden_states, hidden_state_error
 
@@ -96,10 +96,10 @@ def test_errors_are_measured_in_the_fisher_metric(monkeypatch):
     assert errors[0] < errors[1]
 
 
-def test_the_metric_is_of_enough_sentences_and_no_more(monkeypatch):
+def test_the_metric_is_of_enough_sequences_and_no_more(monkeypatch):
     taken = []
     monkeypatch.setattr(
-        "peft_fusion.tune.ffn_outputs.fisher_information", lambda side, sentences, seed: taken.append(len(sentences))
+        "peft_fusion.tune.ffn_outputs.fisher_information", lambda n, found, seed: taken.append(len(found)) or {}
     )
     llama = BY_NAME["llama"]
     fused = get_peft_model(llama.make(), FusionConfig(ratio=0.5))
@@ -124,9 +124,9 @@ def test_padding_does_not_count_in_the_hidden_state_error():
     batch["attention_mask"][:, 4:] = 0
     with torch.no_grad():
         with original.running():
-            expected = _hidden_states(original(batch))
+            expected = _hidden_states(original(batch, hidden_states=True))
         with narrow.running():
-            found = _hidden_states(narrow(batch))
+            found = _hidden_states(narrow(batch, hidden_states=True))
     error = hidden_state_error(found, expected, batch)
     naive = torch.stack([(f[:, :4] - e[:, :4]).square().mean() for (f, _), (e, _) in zip(found, expected, strict=True)])
     torch.testing.assert_close(error, naive.mean())
@@ -143,7 +143,7 @@ def test_padding_does_not_count_in_the_hidden_state_error():
         ({"dataloader": None, "objective": "hidden_states"}, 'needs a `dataloader`; only "ffn" does without'),
         ({"dataloader": []}, "yields no batch"),
         ({"dataloader": [], "objective": "hidden_states"}, "yields no batch"),
-        ({"dataloader": [{"pixels": torch.ones(2, 3)}]}, "does not take a batch"),
+        ({"dataloader": [{"pixels": torch.ones(2, 3)}]}, "cannot take a batch"),
     ],
 )
 def test_refused(change, message):
@@ -190,3 +190,68 @@ def test_an_accelerator_gives_its_precision_and_its_mean_of_gradients():
     handle.remove()
     assert dtypes == {torch.bfloat16} and accelerator.reduced == 24 * bert.ffns * 4 and after < before
     assert all(p.dtype == torch.float32 for p in fused.parameters())
+
+
+@pytest.mark.parametrize("objective", ["ffn", "hidden_states"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("moment", [3, 400, 700])
+def test_an_interrupt_leaves_the_model_as_it_was(objective, dtype, moment, monkeypatch):
+    """Weights, dtypes, gradients, what trains, modes, hooks."""
+    llama = BY_NAME["llama"]
+    fused = get_peft_model(llama.make().to(dtype), half(llama), autocast_adapter_dtype=False).train()
+    fused(**llama.batch(labels=True)).loss.backward()
+    state = {name: tensor.clone() for name, tensor in fused.state_dict().items()}
+    parameters = {name: (p.dtype, p.requires_grad, p.grad) for name, p in fused.named_parameters()}
+    gradients = {name: None if p.grad is None else p.grad.clone() for name, p in fused.named_parameters()}
+    calls, real = iter(range(10**9)), torch.nn.functional.linear
+
+    def interrupted(*args):
+        if next(calls) == moment:
+            raise KeyboardInterrupt
+        return real(*args)
+
+    monkeypatch.setattr("torch.nn.functional.linear", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        tune_layers(fused, batches(llama) * 40, objective=objective, steps=30, tokens=64)
+    monkeypatch.undo()
+    assert all(torch.equal(tensor, state[name]) for name, tensor in fused.state_dict().items())
+    for name, parameter in fused.named_parameters():
+        dtype_before, trains, gradient = parameters[name]
+        assert (parameter.dtype, parameter.requires_grad) == (dtype_before, trains)
+        assert parameter.grad is gradient
+        assert gradient is None or torch.equal(gradient, gradients[name])
+    assert all(module.training for module in fused.modules())
+    if objective == "ffn":  # transformers keeps hooks of its own once it was asked for hidden states
+        assert all(not m._forward_hooks and not m._forward_pre_hooks for m in fused.modules())
+
+
+@pytest.mark.parametrize("objective", ["ffn", "hidden_states"])
+def test_frozen_weights_stay_frozen_and_gradients_stay(objective):
+    llama = BY_NAME["llama"]
+    fused = get_peft_model(llama.make(), half(llama))
+    fused(**llama.batch(labels=True)).loss.backward()
+    fused.requires_grad_(False)
+    gradients = {name: p.grad for name, p in fused.named_parameters()}
+    tune_layers(fused, batches(llama), objective=objective, teacher=llama.make(), steps=3, tokens=64)
+    assert not any(p.requires_grad for p in fused.parameters())
+    assert all(p.grad is gradients[name] for name, p in fused.named_parameters())
+
+
+def test_an_interrupt_while_writing_leaves_all_of_it(monkeypatch):
+    llama = BY_NAME["llama"]
+    fused = get_peft_model(llama.make(), half(llama))
+    before = logits(fused, llama)
+    calls, real = iter(range(10**9)), torch.Tensor.copy_
+    writing = []
+
+    def interrupted(self, *args, **kwargs):
+        if writing and next(calls) == 4:
+            raise KeyboardInterrupt
+        return real(self, *args, **kwargs)
+
+    write_all = ffn_outputs.write_all
+    monkeypatch.setattr(ffn_outputs, "write_all", lambda pairs: (writing.append(1), write_all(pairs)))
+    monkeypatch.setattr(torch.Tensor, "copy_", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        tune_layers(fused, batches(llama), steps=3, tokens=64)
+    assert torch.equal(logits(fused, llama), before)

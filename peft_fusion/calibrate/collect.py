@@ -1,0 +1,113 @@
+"""One forward pass over the inputs: what goes through some FFNs, token by token, without padding."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from ..ffn import FFN, capture, device_of
+from ..fusing.statistics import SAMPLE_TOKENS, FFNStatistics
+from ..observe import ranks
+from ..observe.batches import Batch, Positions, batch_size, unlabelled
+from ..observe.networks import Network, UnusableActivations
+from ..progress import progress
+from .inputs import HELD_OUT, Inputs
+
+
+def collect(network: Network, inputs: Inputs) -> dict[str, FFNStatistics]:
+    """The statistics of a network's FFNs over the inputs of all ranks.
+
+    Args:
+        network: the original model in eval mode, and its FFNs.
+        inputs: three sequences of four are for the products, the fourth is held out.
+
+    Returns:
+        FFN name -> its statistics, on the FFN's device.
+
+    Raises:
+        ValueError: if the model cannot take a batch, activations are not finite, or no token reaches an FFN.
+    """
+    statistics = {ffn.name: _empty(ffn) for ffn in network.ffns}
+
+    def add(name: str, hidden: Tensor, training: Tensor, held_out: Tensor) -> None:
+        statistics[name].add(hidden[training])
+
+    def hold_out(name: str, x: Tensor, training: Tensor, held_out: Tensor) -> None:
+        statistics[name].hold_out(x[held_out])
+
+    ranks.together(lambda: run_over(network, inputs, "Calibrating", inputs_listener=hold_out, hidden_listener=add))
+    for name, found in statistics.items():
+        _add_up(found)
+        if not found.tokens or not found.held_out_tokens:
+            raise ValueError(
+                f"No token went through the FFN {name!r} ({found.tokens} to fit to, {found.held_out_tokens} held "
+                "out): check `attention_mask`, or leave the FFN out."
+            )
+    return statistics
+
+
+TokenListener = Callable[[str, Tensor, Tensor, Tensor], None]
+"""Gets the FFN's name, (tokens, dim), and which of the tokens are for training and which are held out."""
+
+
+def run_over(
+    network: Network,
+    inputs: Inputs,
+    description: str,
+    *,
+    inputs_listener: TokenListener | None = None,
+    hidden_listener: TokenListener | None = None,
+) -> None:
+    """One forward pass over the inputs that tells of the tokens that go into FFNs and into their out-projections."""
+    places: dict[str, Positions] = {}
+    seen = 0
+
+    def told(listener: TokenListener) -> Callable[[str, Tensor], None]:
+        kind = "inputs" if listener is inputs_listener else "hidden"
+
+        def listen(name: str, activations: Tensor) -> None:
+            tokens = activations.detach().reshape(-1, activations.shape[-1])
+            valid, sequence = places[kind].of(name, activations)
+            held_out = (seen + sequence) % HELD_OUT == HELD_OUT - 1
+            try:
+                listener(name, tokens, valid & ~held_out, valid & held_out)
+            except ValueError as error:
+                raise UnusableActivations(
+                    f"At the FFN {name!r} {error} (sequences {seen} to {seen + size - 1}). Check the model in this "
+                    "dtype, and the batch."
+                ) from error
+
+        return listen
+
+    listeners = {"inputs": inputs_listener, "hidden": hidden_listener}
+    told_of = {kind: told(listener) for kind, listener in listeners.items() if listener is not None}
+    with torch.no_grad(), capture(network.ffns, inputs=told_of.get("inputs"), hidden=told_of.get("hidden")):
+        for batch in progress(inputs.batches, description):
+            size = batch_size(batch)
+            places.update({kind: _positions(network, batch) for kind in told_of})
+            network(unlabelled(batch, network.is_encoder_decoder), logits=False)
+            seen += size
+
+
+def _positions(network: Network, batch: Batch) -> Positions:
+    return Positions(batch, network.is_encoder_decoder)
+
+
+def _empty(ffn: FFN) -> FFNStatistics:
+    room = -(-SAMPLE_TOKENS // ranks.world())
+    return FFNStatistics(ffn.width, ffn.in_dim, device_of(ffn), room)
+
+
+def _add_up(statistics: FFNStatistics) -> None:
+    """Makes the statistics of one rank those of all."""
+    if ranks.world() == 1:
+        return
+    tokens = ranks.sum_over_ranks(torch.tensor(statistics.tokens))
+    total = statistics.mean * statistics.tokens if statistics.tokens else torch.zeros_like(statistics.mean)
+    statistics.reshift(ranks.sum_over_ranks(total) / tokens.clamp(min=1))
+    statistics.product = ranks.sum_over_ranks(statistics.product)
+    statistics.sum = ranks.sum_over_ranks(statistics.sum)
+    statistics.tokens = int(tokens)
+    statistics.replace_held_out(ranks.joined_over_ranks(statistics.held_out))

@@ -1,0 +1,99 @@
+"""Makes the narrow FFNs of a plan, group by group, so that no more than a group's statistics are ever held."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from ..ffn import check_finite, find_activation, read_ffn
+from ..fusing.calibrated import fuse_calibrated
+from ..fusing.recipe import Recipe
+from ..fusing.settle import settle
+from ..fusing.statistics import FFNStatistics
+from ..fusing.weights import NarrowFFN
+from ..observe import ranks
+from ..observe.fisher import fisher_information
+from ..observe.gradients import NoGradients
+from ..observe.networks import Network
+from ..tuner.build import whole
+from ..tuner.plan import PlannedFFN
+from .collect import collect
+from .inputs import Inputs
+from .scales import fit_scales_of
+from .share import share_results
+
+
+class Narrowing:
+    """The work of a calibration, in its order.
+
+    Args:
+        network: the original model, running, and the planned FFNs.
+        plan: which FFNs, and how wide they are to be.
+        inputs: what to calibrate on.
+        asked: the recipe that was asked for.
+        group: how many FFNs to work on at once.
+
+    Raises:
+        ValueError: if the recipe cannot use a calibration.
+    """
+
+    def __init__(self, network: Network, plan: Sequence[PlannedFFN], inputs: Inputs, asked: Recipe, group: int) -> None:
+        self.network, self.plan, self.inputs, self.asked = network, list(plan), inputs, asked
+        self.source = f"{ranks.sum_of(inputs.count):.0f} sequences of {inputs.source}"
+        self.recipe = settle(asked, self.source, gradients=True)
+        narrowed = [p for p in plan if p.width < p.ffn.width]
+        self.groups = [narrowed[start : start + group] for start in range(0, len(narrowed), group)]
+
+    def narrow_ffns(self) -> dict[str, NarrowFFN]:
+        """FFN name -> its narrow FFN, its scales fitted; an FFN that is to stay whole is itself."""
+        for p in self.plan:
+            check_finite(read_ffn(p.ffn), p.ffn)
+            find_activation(p.ffn)
+        narrow = {p.ffn.name: whole(p) for p in self.plan if p.width == p.ffn.width}
+        for group in self.groups:
+            narrow |= self._narrowed(group)
+        if self.recipe.scale == "ntk" and self.groups:
+            fit_scales_of(self.network, self.groups, narrow, self.inputs, self.recipe.seed + 1)
+        return {p.ffn.name: narrow[p.ffn.name] for p in self.plan}
+
+    def _narrowed(self, group: list[PlannedFFN]) -> dict[str, NarrowFFN]:
+        """The narrow FFNs of a group, with scales that need no gradients; its statistics are freed one by one."""
+        fishers = self._fisher(group)
+        statistics = collect(self.network.of([p.ffn for p in group]), self.inputs)
+        for name, fisher in fishers.items():
+            statistics[name].fisher = fisher
+
+        own = {p.ffn.name: statistics[p.ffn.name] for p in ranks.own(group)}
+        del statistics  # another rank's
+
+        def fuse(p: PlannedFFN) -> NarrowFFN:
+            return self._fused(p, own.pop(p.ffn.name))
+
+        return share_results(group, fuse, "Fusing FFNs")
+
+    def _fused(self, p: PlannedFFN, statistics: FFNStatistics) -> NarrowFFN:
+        return fuse_calibrated(
+            read_ffn(p.ffn), p.width, statistics, find_activation(p.ffn), self.recipe, p.ffn.homogeneity
+        )
+
+    def _fisher(self, group: list[PlannedFFN]) -> dict[str, Tensor]:
+        """The group's Fisher information, if the recipe looks at it.
+
+        Raises:
+            ValueError: if it was asked for by name, and the model has no gradients.
+        """
+        if self.recipe.kernel != "fisher":
+            return {}
+        try:
+            network = self.network.of([p.ffn for p in group])
+            return fisher_information(network, self.inputs.for_the_metric, self.recipe.seed + 2)
+        except NoGradients as error:
+            self.recipe = settle(self.asked, self.source, gradients=False)
+            warnings.warn(
+                f"No gradients could be taken through {type(self.network.model).__name__}, so errors of its FFNs' "
+                f"outputs all count alike: {error}",
+                stacklevel=5,
+            )
+            return {}

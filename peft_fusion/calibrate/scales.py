@@ -1,0 +1,144 @@
+"""Gradients for the scales: what the original's tangent kernels are, and what its narrow FFNs get back.
+
+A narrow FFN's kernel depends on what goes into it and on the gradient that comes back to it, and both change once
+all FFNs are narrow: sequences look more alike, and so do their gradients. So the original's kernels are taken of the
+original, and the narrow FFNs' of the model with all of them in place.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+
+from torch import Tensor
+
+from ..ffn import FFN, capture, find_activation, read_ffn
+from ..fusing.activations import run
+from ..fusing.gradient_kernels import TokenGradients, adam_kernels
+from ..fusing.scales import fit_scales
+from ..fusing.weights import NarrowFFN
+from ..observe import ranks
+from ..observe.batches import Batch
+from ..observe.gradients import NoGradients, Tokens, gradients_of_sequence, joined
+from ..observe.networks import Network
+from ..observe.projection import random_projection
+from ..progress import progress
+from ..tuner.plan import PlannedFFN
+from .inputs import Inputs
+from .share import share_results
+
+MOST_TOKENS = 1024
+"""Tokens that count of all sequences together: their inputs and gradients are kept for a group of FFNs."""
+
+MAGNIFIED = 1024.0
+"""f is multiplied by this, so that gradients in half precision do not vanish; the scales do not depend on it."""
+
+
+def fit_scales_of(
+    network: Network, groups: Sequence[list[PlannedFFN]], narrow: dict[str, NarrowFFN], inputs: Inputs, seed: int
+) -> None:
+    """Fits the scales of narrow FFNs to the original's tangent kernels; leaves them, with a warning, where it cannot.
+
+    f is a random projection of what the model puts out, as in `fidelity`; no labels are needed. For each group one
+    forward and one backward pass a sequence through the original, and as many with the narrow FFNs in place. Memory:
+    the graph of one sequence, and of `MOST_TOKENS` tokens the inputs and gradients of a group's FFNs, in CPU memory.
+
+    Args:
+        network: the original model, running, and all planned FFNs.
+        groups: the FFNs, group by group.
+        narrow: FFN name -> its narrow FFN, with scales that need no gradients; gets the fitted ones.
+        inputs: what the model is calibrated on; the held-out sequences are used.
+        seed: of the projection.
+    """
+    sequences = inputs.for_the_scales
+    if ranks.sum_of(len(sequences)) < 2:  # a kernel is between sequences
+        return
+    try:
+        fitted: dict[str, NarrowFFN] = {}
+        for group in groups:
+            fitted |= _fitted(network, group, narrow, sequences, seed)
+    except NoGradients as error:
+        warnings.warn(
+            f"No gradients could be taken through {type(network.model).__name__}, so the scales of its narrow FFNs "
+            f"are estimated without them: {error}",
+            stacklevel=4,
+        )
+        return
+    narrow.update(fitted)
+
+
+def _fitted(
+    network: Network, group: list[PlannedFFN], narrow: Mapping[str, NarrowFFN], sequences: Sequence[Batch], seed: int
+) -> dict[str, NarrowFFN]:
+    """The narrow FFNs of one group with fitted scales."""
+    of_group = network.of([p.ffn for p in group])
+    originals = _gradients(of_group, sequences, seed)
+    used = sequences[: len(next(iter(originals.values())).counts)]
+    kernels = {}
+    for p in group:
+        tokens = _of_all_ranks(originals.pop(p.ffn.name))
+        kernels[p.ffn.name] = adam_kernels(read_ffn(p.ffn), find_activation(p.ffn), tokens)
+    with _in_place(network, narrow):  # all FFNs, not only the group
+        found = _gradients(of_group, used, seed, all_of_them=True)
+    narrow_tokens = {name: _of_all_ranks(own) for name, own in found.items()}
+
+    def fit(p: PlannedFFN) -> NarrowFFN:
+        name = p.ffn.name
+        return fit_scales(narrow[name], kernels[name], narrow_tokens[name], find_activation(p.ffn))
+
+    return share_results(group, fit, "Fitting scales")
+
+
+def _gradients(
+    network: Network, sequences: Sequence[Batch], seed: int, all_of_them: bool = False
+) -> dict[str, TokenGradients]:
+    """What goes into every FFN, and what comes back to its output, sequence by sequence until there is enough."""
+    function = random_projection(network, seed)
+    enough = MOST_TOKENS / ranks.world()
+
+    def evaluate(batch: Batch) -> Tensor:
+        return function(network(batch), batch)
+
+    def take_them() -> dict[str, TokenGradients]:
+        found: dict[str, list[Tokens]] = {ffn.name: [] for ffn in network.ffns}
+        most = 0
+        for count, sequence in enumerate(progress(sequences, "Taking gradients")):
+            if most >= enough and count >= 2 and not all_of_them:
+                break
+            for name, tokens in gradients_of_sequence(network, sequence, evaluate, MAGNIFIED).items():
+                found[name].append(tokens)
+            most = max(sum(len(x) for x, _ in tokens) for tokens in found.values())
+        return {name: _of_sequences(tokens) for name, tokens in found.items()}
+
+    return ranks.together(take_them)
+
+
+def _of_sequences(tokens: Sequence[Tokens]) -> TokenGradients:
+    return TokenGradients(*joined(tokens), tuple(len(x) for x, _ in tokens))
+
+
+def _of_all_ranks(tokens: TokenGradients) -> TokenGradients:
+    """The tokens of all ranks' sequences."""
+    if ranks.world() == 1:
+        return tokens
+    counts = ranks.joined_over_ranks(tokens.inputs.new_tensor(tokens.counts).long())
+    inputs, gradients = ranks.joined_over_ranks(tokens.inputs), ranks.joined_over_ranks(tokens.gradients)
+    return TokenGradients(inputs, gradients, tuple(counts.tolist()))
+
+
+@contextmanager
+def _in_place(network: Network, narrow: Mapping[str, NarrowFFN]) -> Iterator[None]:
+    """Every narrow FFN puts out what it does in the place of the original one."""
+    inputs: dict[str, Tensor] = {}
+    ffns: dict[str, FFN] = {ffn.name: ffn for ffn in network.ffns}
+    folded = {name: narrow[name].folded() for name in ffns}
+
+    def note(name: str, x: Tensor) -> None:
+        inputs[name] = x
+
+    def replace(name: str, output: Tensor) -> Tensor:
+        return run(folded[name], find_activation(ffns[name]), inputs.pop(name)).to(output.dtype)
+
+    with capture(network.ffns, inputs=note, outputs=replace):
+        yield

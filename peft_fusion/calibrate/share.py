@@ -1,0 +1,60 @@
+"""Shares the work on FFNs among the ranks: each makes some of the narrow FFNs, and all get all of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from ..ffn import device_of
+from ..fusing.weights import FFNWeights, NarrowFFN
+from ..observe import ranks
+from ..progress import progress
+from ..tuner.plan import PlannedFFN
+
+
+def share_results(
+    group: Sequence[PlannedFFN], make: Callable[[PlannedFFN], NarrowFFN], description: str
+) -> dict[str, NarrowFFN]:
+    """Makes every FFN's narrow one on one of the ranks, and sends it to the others.
+
+    Args:
+        group: the FFNs.
+        make: makes a narrow FFN; called for this rank's FFNs only.
+        description: of the work, for the progress bar.
+
+    Returns:
+        FFN name -> its narrow FFN, the same bits on every rank.
+    """
+    own = ranks.together(lambda: {p.ffn.name: make(p) for p in progress(ranks.own(group), description)})
+    return {p.ffn.name: _sent(own.get(p.ffn.name), ranks.owner(i), p) for i, p in enumerate(group)}
+
+
+def _sent(narrow: NarrowFFN | None, owner: int, p: PlannedFFN) -> NarrowFFN:
+    """A narrow FFN that one rank has made, on all."""
+    if ranks.world() == 1:
+        assert narrow is not None
+        return narrow
+    tensors = [] if narrow is None else _tensors(narrow)
+    kinds = ranks.object_from_rank(owner, [None if t is None else (t.shape, t.dtype) for t in tensors])
+    if narrow is None:
+        device = device_of(p.ffn)
+        tensors = [None if kind is None else torch.empty(kind[0], dtype=kind[1], device=device) for kind in kinds]
+    received = iter(ranks.from_rank(owner, [t for t in tensors if t is not None]))
+    return _assembled([None if t is None else next(received) for t in tensors])
+
+
+def _tensors(narrow: NarrowFFN) -> list[Tensor | None]:
+    """Its tensors in a fixed order: in-weights and in-biases, out-weight and bias, scale, in-scales if any."""
+    w = narrow.weights
+    return [*w.in_weights, *w.in_biases, w.out_weight, w.out_bias, narrow.scale, *(narrow.in_scales or ())]
+
+
+def _assembled(tensors: list[Tensor | None]) -> NarrowFFN:
+    """The inverse of `_tensors`: plain FFNs have 5 or 6 tensors, gated ones 7 or 9."""
+    ins = 1 if len(tensors) < 7 else 2
+    weights = FFNWeights(tuple(tensors[:ins]), tuple(tensors[ins : 2 * ins]), *tensors[2 * ins : 2 * ins + 2])  # type: ignore[arg-type]
+    scale, *in_scales = tensors[2 * ins + 2 :]
+    assert scale is not None
+    return NarrowFFN(weights, scale, tuple(in_scales) or None)  # type: ignore[arg-type]

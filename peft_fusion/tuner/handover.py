@@ -1,0 +1,131 @@
+"""Narrow FFNs that `calibrate` made, kept on the model until `get_peft_model` installs them."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from ..ffn import read_ffn
+from ..fusing.methods import find_method
+from ..fusing.recipe import Recipe
+from ..fusing.weights import NarrowFFN
+from .plan import PlannedFFN
+
+_ATTRIBUTE = "_mlp_fusion_calibration"
+SAMPLED = (16, 256)  # rows and columns of each matrix that a fingerprint holds
+
+
+@dataclass(frozen=True)
+class Fingerprint:
+    """What tells whether an FFN's weights are those they were, on any device and in another precision.
+
+    Args:
+        sample: some of the weights, float32 on the CPU.
+        total: the sum of all, in float64.
+        size: the sum of their absolute values.
+        precision: of the weights' dtype.
+    """
+
+    sample: Tensor
+    total: float
+    size: float
+    precision: float
+
+    @classmethod
+    def of(cls, planned: PlannedFFN) -> Fingerprint:
+        """The fingerprint of an FFN as it is; what is quantised or partitioned is whole only while it is read."""
+        blocks = read_ffn(planned.ffn).blocks()
+        sample = torch.cat([_some_of(block) for block in blocks])
+        total = sum(float(block.sum(dtype=torch.float64)) for block in blocks)
+        size = sum(float(block.abs().sum(dtype=torch.float64)) for block in blocks)
+        return cls(sample.float().cpu(), total, size, torch.finfo(blocks[0].dtype).eps)
+
+    def matches(self, other: Fingerprint) -> bool:
+        """Whether both are of the same weights, as far as the coarser of their precisions shows."""
+        moved = self.precision != other.precision
+        tolerance = max(self.precision, other.precision) if moved else 0.0
+        same = torch.allclose(self.sample, other.sample, rtol=2 * tolerance, atol=tolerance * 1e-3)
+        return same and abs(self.total - other.total) <= max(tolerance, 1e-12) * self.size
+
+
+def _some_of(block: Tensor) -> Tensor:
+    """A few rows and columns of a matrix, in one row."""
+    rows, columns = (-(-size // most) for size, most in zip(block.shape, SAMPLED, strict=True))
+    return block[::rows, ::columns].flatten()
+
+
+@dataclass(frozen=True)
+class Calibrated:
+    """What a calibration made for a model.
+
+    Args:
+        narrow: FFN name -> its narrow FFN.
+        fingerprints: FFN name -> what its weights were.
+        asked: the recipe that was asked for, with its "auto"s.
+        recipe: what it came to.
+    """
+
+    narrow: Mapping[str, NarrowFFN]
+    fingerprints: Mapping[str, Fingerprint]
+    asked: Recipe
+    recipe: Recipe
+
+
+def hand_over(model: nn.Module, calibrated: Calibrated) -> None:
+    """Leaves narrow FFNs on a model, in place of those of an earlier calibration."""
+    setattr(model, _ATTRIBUTE, calibrated)
+
+
+def handed_over(model: nn.Module) -> Calibrated | None:
+    """What a calibration left on a model, if anything."""
+    found: Calibrated | None = getattr(model, _ATTRIBUTE, None)
+    return found
+
+
+def drop_calibrated(model: nn.Module) -> None:
+    """Frees the narrow FFNs that a model holds for `get_peft_model`, if any."""
+    if hasattr(model, _ATTRIBUTE):
+        delattr(model, _ATTRIBUTE)
+
+
+def calibrated_for(model: nn.Module, planned: Sequence[PlannedFFN], asked: Recipe) -> Calibrated | None:
+    """The narrow FFNs that a calibration made for just this; None if the model was not calibrated.
+
+    Raises:
+        ValueError: if they are of other FFNs, of other widths, by other settings, or the weights have changed since.
+    """
+    found = handed_over(model)
+    if found is None:
+        return None
+    if not find_method(asked.method).calibrated:
+        warnings.warn(f'`method="{asked.method}"` makes no use of the calibration that the model has.', stacklevel=2)
+        return None
+    again = "Call `calibrate` with the configuration that you fuse with."
+    missing = [p.ffn.name for p in planned if p.ffn.name not in found.narrow]
+    if missing:
+        raise ValueError(
+            f"The model was calibrated for the FFNs {sorted(found.narrow)[:4]}, but {missing[:4]} are to be fused as "
+            f"well. {again}"
+        )
+    for p in planned:
+        if found.narrow[p.ffn.name].weights.width != p.width:
+            raise ValueError(
+                f"Calibration made the FFN {p.ffn.name!r} {found.narrow[p.ffn.name].weights.width} neurons wide, but "
+                f"the configuration asks for {p.width}. {again}"
+            )
+    differing = {k: v for k, v in vars(asked).items() if v != getattr(found.asked, k)}
+    differing = {k: v for k, v in differing.items() if v != getattr(found.recipe, k)}  # "auto" came to what is asked
+    if differing:
+        made = {name: getattr(found.recipe, name) for name in differing}
+        raise ValueError(f"The model was calibrated with {made}, but the configuration asks for {differing}. {again}")
+    for p in planned:
+        if not found.fingerprints[p.ffn.name].matches(Fingerprint.of(p)):
+            raise ValueError(
+                f"The weights of the FFN {p.ffn.name!r} have changed since the model was calibrated. Call `calibrate` "
+                "again."
+            )
+    return found
