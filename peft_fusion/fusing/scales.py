@@ -17,13 +17,14 @@ the d differ in sign, so |h_i| adds up like its root mean square, and for a d of
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from .activations import Activation, look_by_parts
 from .gradient_kernels import TokenGradients, adam_kernels
-from .weights import FFNWeights, NarrowFFN
+from .weights import FFNWeights, NarrowFFN, cast
 
 SEQUENCES = 64
 """The kernel over so many sequences is matched, as far as fewer can tell; of more, the diagonal hardly counts."""
@@ -63,11 +64,14 @@ def fit_scales(
     Returns:
         The narrow FFN with other scales and the same function, in its dtype.
     """
-    folded = narrow.folded()
+    dtype = narrow.weights.out_weight.dtype
+    full = replace(narrow, weights=cast(narrow.weights, torch.promote_types(dtype, torch.float32)))
+    folded = full.folded()
     own = adam_kernels(folded, activation, tokens)
     fits = [_factor(wide, small) for wide, small in zip(kernels, own, strict=True)]
     scales = [float(scale[0]) for scale in (*(narrow.in_scales or ()), narrow.scale)]
-    return _split(folded, [_near(fit, scale) for fit, scale in zip(fits, scales, strict=True)])
+    fitted = _split(folded, [_near(fit, scale) for fit, scale in zip(fits, scales, strict=True)])
+    return replace(fitted, weights=cast(fitted.weights, dtype))
 
 
 def _split(narrow: FFNWeights, scales: Sequence[float]) -> NarrowFFN:

@@ -17,7 +17,7 @@ from peft_fusion.fusing.metric import FLATTENING, metric_root
 from peft_fusion.fusing.neurons import eliminate, most_salient_of_each
 from peft_fusion.fusing.recipe import Recipe
 from peft_fusion.fusing.rows import select_rows
-from peft_fusion.fusing.scales import match_tangent_kernel
+from peft_fusion.fusing.scales import match_sizes
 from peft_fusion.fusing.settle import settle
 from peft_fusion.fusing.statistics import FFNStatistics
 from peft_fusion.fusing.weights import FFNWeights, NarrowFFN
@@ -165,7 +165,7 @@ KINDS = [(False, gelu, True), (True, silu, False), (True, silu, True)]
 def test_tangent_scales_leave_the_function(gated, activation, bias):
     weights, x = make(gated, bias), draw(100, DIM, seed=8)
     narrow = select_rows(weights, torch.arange(0, WIDTH, 2))
-    matched = match_tangent_kernel(weights, narrow, activation, x)
+    matched = match_sizes(weights, narrow, activation, x)
     assert float(matched.scale.min()) > 1.2  # half the neurons are gone
     torch.testing.assert_close(outputs(matched, activation, x), outputs(plain(narrow), activation, x))
 
@@ -176,7 +176,7 @@ def test_tangent_scales_of_duplicates_are_the_counts():
         tuple(w.repeat(3, 1) for w in single.in_weights), (None, None), single.out_weight.repeat(3, 1), None
     )
     folded = FFNWeights(single.in_weights, (None, None), single.out_weight * 3, None)  # the same function
-    matched = match_tangent_kernel(twice, folded, silu, draw(100, DIM, seed=9))
+    matched = match_sizes(twice, folded, silu, draw(100, DIM, seed=9))
     torch.testing.assert_close(matched.scale, torch.full((4,), 3.0))
     for scale in matched.in_scales:
         torch.testing.assert_close(scale.double(), torch.ones(4).double())
