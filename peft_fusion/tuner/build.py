@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -16,6 +16,7 @@ from ..fusing.weights import FFNWeights, NarrowFFN
 from ..progress import progress
 from .narrow import LowRankProjection, NarrowInProjection, NarrowOutProjection, NarrowProjection
 from .plan import PlannedFFN
+from .stored import Shapes
 
 
 def fused_projections(plan: Sequence[PlannedFFN], recipe: Recipe) -> list[list[NarrowProjection]]:
@@ -51,13 +52,19 @@ def whole(planned: PlannedFFN) -> NarrowFFN:
 
 
 def random_projections(planned: PlannedFFN, recipe: Recipe, generator: torch.Generator) -> list[NarrowProjection]:
-    """Narrow projections of random weights, drawn by a generator on the CPU."""
-    return _made_of(planned, recipe, lambda shape: torch.randn(shape, generator=generator, device="cpu") * 0.02)
+    """Narrow projections of random weights, drawn by a generator on the CPU, and scales of one."""
+    shapes = planned.shapes(find_method(recipe.method).low_rank, recipe.scale)
+    return _made_of(planned, shapes, lambda shape: torch.randn(shape, generator=generator, device="cpu") * 0.02, 1.0)
 
 
-def empty_projections(planned: PlannedFFN, recipe: Recipe) -> list[NarrowProjection]:
-    """Narrow projections to load weights into; NaN, so that weights that never came cannot go unnoticed."""
-    return _made_of(planned, recipe, lambda shape: torch.full(shape, torch.nan))
+def empty_projections(planned: PlannedFFN, shapes: Mapping[str, Shapes]) -> list[NarrowProjection]:
+    """Narrow projections to load tensors into; NaN, so that tensors that never came cannot go unnoticed.
+
+    Args:
+        planned: the FFN.
+        shapes: a projection's name -> "weight", "bias", ... -> shape.
+    """
+    return _made_of(planned, shapes, lambda shape: torch.full(shape, torch.nan), torch.nan)
 
 
 def projections_of(narrow: NarrowFFN, planned: PlannedFFN, recipe: Recipe) -> list[NarrowProjection]:
@@ -103,23 +110,18 @@ def _low_rank(weights: FFNWeights, planned: PlannedFFN) -> list[NarrowProjection
     return made
 
 
-def _made_of(planned: PlannedFFN, recipe: Recipe, make: Callable[[tuple[int, ...]], Tensor]) -> list[NarrowProjection]:
-    """The projections of a planned FFN with made-up weights, and scales of one."""
-    shapes = planned.shapes(recipe)
+def _made_of(
+    planned: PlannedFFN, shapes: Mapping[str, Shapes], make: Callable[[tuple[int, ...]], Tensor], scales: float
+) -> list[NarrowProjection]:
+    """The projections of a planned FFN with made-up weights."""
     projections: list[NarrowProjection] = []
     for name, module in zip(planned.ffn.projection_names, planned.ffn.base_projections, strict=True):
-        like = blank_like(module)
-        own = {
-            kind: make(shapes[f"{name}.{kind}"]).to(like.device, like.dtype)
-            for kind in ("weight", "weight_in", "bias")
-            if f"{name}.{kind}" in shapes
-        }
-        scale = shapes.get(f"{name}.scale")
-        ones = None if scale is None else torch.ones(scale, device=like.device)
-        if find_method(recipe.method).low_rank:
+        like, sizes = blank_like(module), shapes[name]
+        own = {kind: make(size).to(like.device, like.dtype) for kind, size in sizes.items() if kind != "scale"}
+        scale = torch.full(sizes["scale"], scales, device=like.device) if "scale" in sizes else None
+        if "weight_in" in sizes:
             projections.append(LowRankProjection(own["weight"], own["weight_in"], own.get("bias")))
-        elif name == planned.ffn.projection_names[-1]:
-            projections.append(NarrowOutProjection(own["weight"], own.get("bias"), ones))
         else:
-            projections.append(NarrowInProjection(own["weight"], own.get("bias"), ones))
+            kind = NarrowOutProjection if name == planned.ffn.projection_names[-1] else NarrowInProjection
+            projections.append(kind(own["weight"], own.get("bias"), scale))
     return projections

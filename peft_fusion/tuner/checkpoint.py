@@ -1,96 +1,133 @@
-"""An adapter's tensors: which they are, and whether a file's fit a model, before anything in the model changes."""
+"""Between an adapter's stored tensors and a model: what they say is to be fused, and whether they fit."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping
+from dataclasses import replace
 
-from safetensors import SafetensorError, safe_open
+from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
-from transformers.utils import cached_file
 
-from ..fusing.recipe import Recipe
+from ..ffn import FFN, features, find_ffns
+from ..fusing.methods import find_method
+from ..fusing.settle import settle
 from .config import FusionConfig
-from .layer import FusionLayer
-from .narrow import NarrowProjection
-from .plan import PlannedFFN
+from .plan import PlannedFFN, plan_ffns
+from .recipe import asked_recipe, recorded_recipe
+from .stored import Shapes, StoredTensors
 
-WEIGHTS_FILE = "adapter_model.safetensors"
+Plan = list[tuple[PlannedFFN, dict[str, Shapes]]]
+"""What to fuse, each with its projections' names -> "weight", "bias", ... -> shape."""
 
 
-def check_checkpoint(model: nn.Module, config: FusionConfig, plan: Sequence[PlannedFFN], recipe: Recipe) -> None:
-    """Refuses an adapter's file that is damaged or does not fit; reads its header only.
+def plan_stored(model: nn.Module, config: FusionConfig, stored: StoredTensors) -> Plan:
+    """What an adapter whose tensors are known does to a model: they decide, whatever the configuration says.
 
     Args:
-        model: the model the adapter is to be loaded on, unchanged.
-        config: the adapter's configuration; nothing is checked unless it was read from a folder or the Hub.
-        plan: what the adapter does to the model.
-        recipe: how its narrow FFNs were made.
+        model: the model, unchanged.
+        config: the adapter's configuration; what it records of the FFNs is checked.
+        stored: the adapter's tensors.
+
+    Returns:
+        What to fuse.
 
     Raises:
-        ValueError: if the file is truncated, a tensor is missing, or one has another shape than the model needs.
+        ValueError: if a tensor is missing, has another shape than the model needs, or has no place in the model.
     """
-    source = getattr(config, "_loaded_from", None)
-    if not config.fused or source is None:
-        return
-    file = cached_file(
-        str(source[0]), WEIGHTS_FILE, subfolder=source[1] or "", _raise_exceptions_for_missing_entries=False
-    )
-    if file is None:  # an adapter in another format: PEFT opens it or says why not
-        return
-    found = _shapes_in(file)
-    for name, shape in _expected(model, config, plan, recipe).items():
-        if name not in found:
-            raise ValueError(
-                f"The adapter file {file} lacks the tensor {name!r} of shape {shape}. It is damaged, or belongs "
-                "to another model."
-            )
-        if found[name] != shape:
-            raise ValueError(
-                f"The adapter file {file} holds {name!r} of shape {found[name]}, but this model needs {shape}. "
-                "Load it on the model it was made for."
-            )
+    narrow = stored.narrow()
+    low_rank = any("weight_in" in kinds for kinds in narrow.values())
+    widths = _recorded_widths(model, config)
+    if widths is None:
+        held = [ffn for ffn in find_ffns(model) if not narrow.keys().isdisjoint(ffn.projection_names)]
+        widths = {ffn.name: _width(ffn, narrow, low_rank) for ffn in held}
+    if not narrow or not widths:
+        raise ValueError(
+            f"{stored.origin} holds narrow weights for none of the model's FFNs; it has {sorted(stored.shapes)[:3]}."
+        )
+    plan = [(p, _needed(p, narrow, low_rank)) for p in plan_ffns(model, config, widths, low_rank)]
+    stored.check_narrow({name: kinds for _, needed in plan for name, kinds in needed.items()})
+    stored.check(shapes_to_save(model, config), stored.mismatched_modules)
+    return plan
 
 
-def _shapes_in(file: str) -> dict[str, tuple[int, ...]]:
-    """The shape of every tensor in a safetensors file."""
-    try:
-        with safe_open(file, framework="pt") as tensors:
-            return {key: tuple(tensors.get_slice(key).get_shape()) for key in tensors.keys()}  # noqa: SIM118
-    except SafetensorError as error:
-        raise ValueError(f"The adapter file {file} is damaged or incomplete: {error}. Copy it again.") from error
+def plan_announced(model: nn.Module, config: FusionConfig) -> Plan:
+    """What an adapter does to a model whose tensors come later (`low_cpu_mem_usage`), as far as its record tells.
 
-
-def _expected(
-    model: nn.Module, config: FusionConfig, plan: Sequence[PlannedFFN], recipe: Recipe
-) -> dict[str, tuple[int, ...]]:
-    """Every tensor that an adapter's file must hold, under its name there, with its shape."""
-    expected = {}
-    for planned in plan:
-        for name, shape in planned.shapes(recipe).items():
-            module, _, kind = name.rpartition(".")
-            expected[f"base_model.model.{module}.mlp_fusion_narrow.{kind}"] = shape
-    for name, parameter in model.named_parameters():
-        if any(f".{part}." in f".{name}" for part in config.modules_to_save or ()):
-            expected[f"base_model.model.{name.replace('.original_module', '')}"] = tuple(parameter.shape)
-    return {name: shape for name, shape in expected.items() if ".modules_to_save." not in name}
-
-
-def narrow_state_dict(model: nn.Module, adapter_name: str, state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors of an adapter's narrow projections, under the names they have in the model's state dict.
-
-    Args:
-        model: the model, wrapped by PEFT or not.
-        adapter_name: the adapter.
-        state_dict: the model's, gathered where it is sharded; what it lacks is taken from the model.
+    Raises:
+        ValueError: if the configuration does not fit the model.
     """
-    found: dict[str, Tensor] = {}
-    for name, layer in model.named_modules():
-        if not isinstance(layer, FusionLayer) or adapter_name not in layer.mlp_fusion_narrow:
+    recipe = recorded_recipe(config) if config.fused else None
+    recipe = recipe or settle(asked_recipe(config))
+    plan = plan_ffns(model, config, _recorded_widths(model, config))
+    return [(planned, planned.shapes(find_method(recipe.method).low_rank, recipe.scale)) for planned in plan]
+
+
+def shapes_to_save(model: nn.Module, config: FusionConfig) -> Shapes:
+    """The tensors of the modules that an adapter trains in full: their names within the model -> shape."""
+    wanted = tuple(config.modules_to_save or ())
+    found: dict[str, nn.Module] = {}
+    for name, module in model.named_modules():
+        if name.endswith(wanted) and not any(name.startswith(f"{above}.") for above in found):
+            found[name] = module.original_module if isinstance(module, AuxiliaryTrainingWrapper) else module
+    return {
+        f"{name}.{key}": tuple(value.shape)
+        for name, module in found.items()
+        for key, value in module.state_dict().items()
+        if isinstance(value, Tensor)
+    }
+
+
+def record(config: FusionConfig, plan: Plan) -> None:
+    """Writes into a configuration what an adapter is that was loaded; what only its maker knew is left as it was."""
+    kinds = [(name == p.ffn.projection_names[-1], k) for p, needed in plan for name, k in needed.items()]
+    recipe = recorded_recipe(config) if config.fused else None
+    recipe = replace(recipe or asked_recipe(config), scale=scale_name({is_out for is_out, k in kinds if "scale" in k}))
+    if any("weight_in" in k for _, k in kinds):
+        recipe = replace(recipe, method="svd")
+    config.fused_by = recipe.to_dict()
+    config.fused_widths = {p.ffn.name: [p.ffn.width, p.width] for p, _ in plan}
+
+
+def scale_name(scaled: Collection[bool]) -> str:
+    """What a recipe calls the scales of an adapter: for each projection with one, whether it is an out-projection."""
+    return "ntk" if False in scaled else "counts" if scaled else "none"
+
+
+def _recorded_widths(model: nn.Module, config: FusionConfig) -> dict[str, int] | None:
+    """The widths of a saved adapter by its configuration, if the model has the FFNs it was made for."""
+    if not config.fused or config.fused_widths is None:
+        return None
+    found = {ffn.name: ffn.width for ffn in find_ffns(model)}
+    for name, (full, narrow) in config.fused_widths.items():
+        if found.get(name) != full:
+            has = f"has {found[name]} neurons there" if name in found else f"has no such FFN, but {sorted(found)[:4]}"
+            raise ValueError(
+                f"The adapter was made for another model: it narrows the FFN {name!r} from {full} to {narrow} "
+                f"neurons, but this model {has}. Load it on the model it was made for."
+            )
+    return {name: narrow for name, (_, narrow) in config.fused_widths.items()}
+
+
+def _width(ffn: FFN, narrow: Mapping[str, Shapes], low_rank: bool) -> int:
+    """The width that the shapes of an FFN's narrow tensors state; where they contradict each other, that of one."""
+    for name, module in zip(reversed(ffn.projection_names), reversed(ffn.base_projections), strict=True):
+        shape = narrow.get(name, {}).get("weight", ())
+        if len(shape) != 2:
             continue
-        prefix = f"{name}.mlp_fusion_narrow.{adapter_name}.".replace("_fsdp_wrapped_module.", "")
-        found.update((key, tensor) for key, tensor in state_dict.items() if key.startswith(prefix))
-        narrow = layer.mlp_fusion_narrow[adapter_name]
-        if isinstance(narrow, NarrowProjection):
-            for kind, tensor in [*narrow.named_parameters(), *narrow.named_buffers()]:
-                found.setdefault(prefix + kind, tensor.detach())
-    return found
+        in_features, out_features = features(module)
+        if low_rank:  # the least that comes to this rank
+            width = -(-ffn.width * shape[1] * (in_features + out_features) // (in_features * out_features))
+        else:
+            width = shape[1] if name == ffn.projection_names[-1] else shape[0] * ffn.width // out_features
+        return max(1, min(width, ffn.width))
+    return ffn.width
+
+
+def _needed(planned: PlannedFFN, narrow: Mapping[str, Shapes], low_rank: bool) -> dict[str, Shapes]:
+    """The shapes that the stored tensors of an FFN must have; a scale is needed where there is one."""
+    ranks = {name: kinds["weight_in"][0] for name, kinds in narrow.items() if kinds.get("weight_in")}
+    needed = planned.shapes(low_rank, "ntk", ranks)
+    for name, kinds in needed.items():
+        if "scale" not in narrow.get(name, {}):
+            kinds.pop("scale", None)
+    return needed

@@ -61,8 +61,9 @@ class FusionConfig(PeftConfig):
         max_iter (`int`, *optional*): Iterations of the clustering; `None`: the engine's default.
         seed (`int`): Makes the clustering repeatable, on every rank the same.
         init_weights (`bool`): `False` gives random small FFNs, for tests.
-        fused (`bool`): Written by `save_pretrained`: the narrow weights are in the adapter's file, so that
-            loading does not cluster. Set it to `False` to fuse anew with a loaded configuration.
+        fused (`bool`): Written by `save_pretrained`, and a record only: that the adapter's file holds the narrow
+            weights, which versions up to 0.1 loaded by it. Whether weights are loaded or made anew is told by the
+            method that is called: a loaded configuration, used for a new adapter, fuses.
         fused_widths (`dict[str, list[int]]`, *optional*): Written when FFNs are fused: name -> [full, narrow].
         fused_by (`dict[str, str]`, *optional*): Written when FFNs are fused: what "auto" came to, and what the model
             was calibrated on.
@@ -116,7 +117,7 @@ class FusionConfig(PeftConfig):
     max_iter: int | None = field(default=None, metadata={"help": "Iterations of the clustering."})
     seed: int = field(default=0, metadata={"help": "Makes the clustering repeatable."})
     init_weights: bool = field(default=True, metadata={"help": "False: random small FFNs (for tests)."})
-    fused: bool = field(default=False, metadata={"help": "Set in a saved adapter: its file holds the narrow weights."})
+    fused: bool = field(default=False, metadata={"help": "Set in a saved adapter, as a record."})
     fused_widths: dict | None = field(
         default=None, metadata={"help": "Set when FFNs are fused: their names -> [full width, narrow width]."}
     )

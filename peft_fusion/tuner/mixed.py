@@ -10,10 +10,10 @@ from typing import Any
 from peft import PeftConfig, PeftMixedModel, get_peft_model_state_dict
 from peft.tuners.mixed import MixedModel
 from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors.torch import save_file
 from torch import nn
 
-from .checkpoint import WEIGHTS_FILE
 from .config import FusionConfig
 from .guarded import GuardedTuner
 from .layer import FusionLayer
@@ -74,7 +74,11 @@ def save_mixed(model: nn.Module, directory: str | PathLike) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         tensors = get_peft_model_state_dict(model, adapter_name=name)
         named = {key if key.startswith(PREFIX) else PREFIX + key: tensor for key, tensor in tensors.items()}
-        save_file({key: tensor.contiguous() for key, tensor in named.items()}, folder / WEIGHTS_FILE, {"format": "pt"})
+        save_file(
+            {key: tensor.contiguous() for key, tensor in named.items()},
+            folder / SAFETENSORS_WEIGHTS_NAME,
+            {"format": "pt"},
+        )
         inference_mode, config.inference_mode = config.inference_mode, True
         try:
             config.save_pretrained(str(folder))

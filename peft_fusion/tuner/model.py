@@ -11,15 +11,18 @@ from torch import Tensor, nn
 
 from ..fusing.settle import settle
 from .build import empty_projections, fused_projections, projections_of, random_projections
-from .checkpoint import check_checkpoint, narrow_state_dict
+from .checkpoint import plan_announced, plan_stored, record
 from .config import FusionConfig
 from .guarded import GuardedTuner, check_adapter_name
 from .handover import calibrated_for, drop_calibrated
 from .layer import FusionLayer
+from .loading import tensors_to_come
 from .narrow import NarrowProjection
 from .plan import PlannedFFN, plan_ffns
-from .recipe import asked_recipe, recorded_recipe
+from .recipe import asked_recipe
 from .registration import forget_refused_adapter
+from .state import keys_to_load, narrow_state_dict, recorded_scale
+from .stored import in_state_dict
 
 
 class FusionModel(GuardedTuner):
@@ -77,19 +80,15 @@ class FusionModel(GuardedTuner):
     ) -> None:
         """Plans, makes the narrow weights and only then changes the model; see `BaseTuner.inject_adapter`."""
         check_adapter_name(adapter_name)
-        self._state_dict = state_dict
-        self._weights_follow = low_cpu_mem_usage or _made_on_meta()
+        self._stored = tensors_to_come(model, adapter_name) if state_dict is None else in_state_dict(state_dict)
+        self._on_meta = low_cpu_mem_usage or _made_on_meta()
         self._projections: dict[str, tuple[NarrowProjection, PlannedFFN]] = {}
         try:
             super().inject_adapter(
-                model,
-                adapter_name,
-                autocast_adapter_dtype=autocast_adapter_dtype,
-                low_cpu_mem_usage=low_cpu_mem_usage,
-                state_dict=state_dict,
+                model, adapter_name, autocast_adapter_dtype=autocast_adapter_dtype, low_cpu_mem_usage=low_cpu_mem_usage
             )
         finally:
-            self._projections, self._state_dict = {}, None
+            self._projections, self._stored = {}, None
         base_weights = self.peft_config[adapter_name].base_weights
         if base_weights != "keep":
             for layer in self._fusion_layers():
@@ -126,7 +125,16 @@ class FusionModel(GuardedTuner):
         unwanted_adapter_names: list[str],
     ) -> dict[str, Tensor]:
         """Selects by structure; PEFT has dropped by name, so that an adapter called "mlp" hides another's tensors."""
+        if config.fused_by is not None:  # what was loaded since may have other scales
+            config.fused_by = {**config.fused_by, "scale": recorded_scale(model, adapter_name)}
         return narrow_state_dict(model, adapter_name, state_dict)
+
+    @classmethod
+    def _remap_adapter_state_dict_for_load(
+        cls, model: nn.Module, config: PeftConfig, adapter_name: str, state_dict: dict[str, Tensor]
+    ) -> dict[str, Tensor]:
+        """Maps by structure what fits; PEFT knows no place for a scale that the model does not have yet."""
+        return keys_to_load(model, adapter_name, state_dict)
 
     def _prepare_adapter_config(self, peft_config: PeftConfig, model_config: dict) -> PeftConfig:
         """`target_modules=None` stays: it means every FFN that is found."""
@@ -134,27 +142,36 @@ class FusionModel(GuardedTuner):
 
     def _prepare_model(self, peft_config: FusionConfig, model: nn.Module) -> None:
         """Makes every narrow projection of the adapter; nothing in the model has been changed up to here."""
-        plan = plan_ffns(model, peft_config, self._state_dict)
-        loads = peft_config.fused or self._weights_follow or self._state_dict is not None
-        asked = asked_recipe(peft_config)
-        calibrated = None if loads or not peft_config.init_weights else calibrated_for(model, plan, asked)
-        recipe = calibrated.recipe if calibrated else (loads and recorded_recipe(peft_config)) or settle(asked)
-        check_checkpoint(model, peft_config, plan, recipe)
-        if loads:
-            ffns = [empty_projections(planned, recipe) for planned in plan]
-        elif not peft_config.init_weights:
-            generator = torch.Generator().manual_seed(peft_config.seed)
+        if self._stored is not None or self._on_meta:
+            stored = self._stored
+            expected = plan_announced(model, peft_config) if stored is None else plan_stored(model, peft_config, stored)
+            plan = [planned for planned, _ in expected]
+            ffns = [empty_projections(planned, shapes) for planned, shapes in expected]
+            record(peft_config, expected)
+        else:
+            plan = plan_ffns(model, peft_config)
+            ffns = self._made_anew(model, peft_config, plan)
+        for planned, projections in zip(plan, ffns, strict=True):
+            for name, projection in zip(planned.ffn.projection_names, projections, strict=True):
+                self._projections[name] = (projection, planned)
+
+    @staticmethod
+    def _made_anew(model: nn.Module, config: FusionConfig, plan: list[PlannedFFN]) -> list[list[NarrowProjection]]:
+        """The narrow projections of every planned FFN, fused or random."""
+        asked = asked_recipe(config)
+        calibrated = calibrated_for(model, plan, asked) if config.init_weights else None
+        recipe = settle(asked) if calibrated is None else calibrated.recipe
+        if not config.init_weights:
+            generator = torch.Generator().manual_seed(config.seed)
             ffns = [random_projections(planned, recipe, generator) for planned in plan]
         elif calibrated:
             ffns = [projections_of(calibrated.narrow[p.ffn.name], p, recipe) for p in plan]
             drop_calibrated(model)
         else:
             ffns = fused_projections(plan, recipe)
-        for planned, projections in zip(plan, ffns, strict=True):
-            for name, projection in zip(planned.ffn.projection_names, projections, strict=True):
-                self._projections[name] = (projection, planned)
-        peft_config.fused_widths = {p.ffn.name: [p.ffn.width, p.width] for p in plan}
-        peft_config.fused_by = recipe.to_dict()
+        config.fused_widths = {p.ffn.name: [p.ffn.width, p.width] for p in plan}
+        config.fused_by = recipe.to_dict()
+        return ffns
 
     def _check_target_module_exists(self, peft_config: PeftConfig, key: str) -> bool | _ExcludedModule:
         if key not in self._projections and peft_config.exclude_modules:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -30,6 +32,7 @@ class NarrowProjection(nn.Module):
         self.weight = nn.Parameter(weight)
         self.register_parameter("bias", None if bias is None else nn.Parameter(bias))
         self.register_buffer("scale", scale)
+        self.shapes = {name: tuple(parameter.shape) for name, parameter in self.named_parameters()}
 
     def linear(self, x: Tensor) -> Tensor:
         """The linear map in the input's dtype: full-precision weights of a half-precision model stay masters."""
@@ -40,9 +43,28 @@ class NarrowProjection(nn.Module):
         """Weight and bias of the plain projection with the same output, the scale multiplied in."""
         raise NotImplementedError
 
+    def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: Any, **kwargs: Any) -> None:
+        """Loads what a state dict holds of this projection, which then has a scale if there is one in it."""
+        held = {name for name in (*self._parameters, "scale") if prefix + name in state_dict}
+        missing = [name for name, parameter in self._parameters.items() if parameter is not None and name not in held]
+        if held and missing:
+            raise ValueError(
+                f"The state dict holds {prefix + min(held)!r}, but not {prefix + missing[0]!r}: a narrow projection is "
+                "loaded as a whole."
+            )
+        if held and "scale" in self.shapes:
+            stored = state_dict.get(f"{prefix}scale")
+            if stored is None or self.scale is None:
+                self.scale = None if stored is None else torch.empty_like(stored, device=self.weight.device)
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
 
 class NarrowInProjection(NarrowProjection):
     """In-projection of a narrow FFN; its scale multiplies what it puts out, neuron by neuron."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None, scale: Tensor | None) -> None:
+        super().__init__(weight, bias, scale)
+        self.shapes["scale"] = (len(weight),)
 
     def forward(self, x: Tensor) -> Tensor:
         """Maps (..., in_features) to (..., neurons)."""
@@ -57,6 +79,10 @@ class NarrowInProjection(NarrowProjection):
 
 class NarrowOutProjection(NarrowProjection):
     """Out-projection of a narrow FFN; its scale is the paper's P and multiplies the hidden activations."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None, scale: Tensor | None) -> None:
+        super().__init__(weight, bias, scale)
+        self.shapes["scale"] = (weight.shape[1],)
 
     def forward(self, x: Tensor) -> Tensor:
         """Maps (..., neurons) to (..., out_features)."""
@@ -78,6 +104,7 @@ class LowRankProjection(NarrowProjection):
     def __init__(self, weight: Tensor, weight_in: Tensor, bias: Tensor | None) -> None:
         super().__init__(weight, bias, None)
         self.weight_in = nn.Parameter(weight_in)
+        self.shapes["weight_in"] = tuple(weight_in.shape)
 
     def forward(self, x: Tensor) -> Tensor:
         """Maps (..., in_features) to (..., out_features)."""

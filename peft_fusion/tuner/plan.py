@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from peft.tuners.tuners_utils import BaseTunerLayer
-from torch import Tensor, nn
+from torch import nn
 
 from ..ffn import (
     FFN,
@@ -24,7 +24,6 @@ from ..ffn import (
 )
 from ..fusing.methods import find_method
 from ..fusing.methods.svd import rank_for
-from ..fusing.recipe import Recipe
 from .config import FusionConfig
 from .layer import FusionLayer
 
@@ -37,24 +36,34 @@ class PlannedFFN:
     width: int
     config_width: ConfigWidth
 
-    def shapes(self, recipe: Recipe) -> dict[str, tuple[int, ...]]:
-        """The tensors of this FFN in an adapter: name within the model -> shape."""
-        shapes: dict[str, tuple[int, ...]] = {}
+    def shapes(
+        self, low_rank: bool, scale: str, ranks: Mapping[str, int] | None = None
+    ) -> dict[str, dict[str, tuple[int, ...]]]:
+        """The tensors of this FFN in an adapter: a projection's name -> "weight", "bias", ... -> shape.
+
+        Args:
+            low_rank: whether ranks are lowered, and the width is left.
+            scale: the recipe's.
+            ranks: a projection's name -> its rank, where it is not the one that the width comes to.
+        """
+        found: dict[str, dict[str, tuple[int, ...]]] = {}
         names, modules = self.ffn.projection_names, self.ffn.base_projections
         for name, module in zip(names, modules, strict=True):
+            shapes: dict[str, tuple[int, ...]]
             is_out = name == names[-1]
             in_features, out_features = features(module)
-            if find_method(recipe.method).low_rank:
-                rank, rows = self.rank(name), out_features
-                shapes[f"{name}.weight"], shapes[f"{name}.weight_in"] = (rows, rank), (rank, in_features)
+            if low_rank:
+                rank, rows = (ranks or {}).get(name, self.rank(name)), out_features
+                shapes = {"weight": (rows, rank), "weight_in": (rank, in_features)}
             else:
                 rows = out_features if is_out else out_features // self.ffn.width * self.width
-                shapes[f"{name}.weight"] = (rows, self.width if is_out else in_features)
+                shapes = {"weight": (rows, self.width if is_out else in_features)}
             if getattr(module, "bias", None) is not None:
-                shapes[f"{name}.bias"] = (rows,)
-            if recipe.scale == "ntk" or (recipe.scale == "counts" and is_out):
-                shapes[f"{name}.scale"] = (self.width,) if is_out else (rows,)
-        return shapes
+                shapes["bias"] = (rows,)
+            if not low_rank and (scale == "ntk" or (scale == "counts" and is_out)):
+                shapes["scale"] = (self.width,) if is_out else (rows,)
+            found[name] = shapes
+        return found
 
     def rank(self, name: str) -> int:
         """The rank at which two factors of a projection hold no more numbers than its narrow form."""
@@ -63,14 +72,15 @@ class PlannedFFN:
 
 
 def plan_ffns(
-    model: nn.Module, config: FusionConfig, state_dict: Mapping[str, Tensor] | None = None
+    model: nn.Module, config: FusionConfig, widths: Mapping[str, int] | None = None, low_rank: bool | None = None
 ) -> list[PlannedFFN]:
     """What an adapter does to a model.
 
     Args:
         model: the model, unchanged.
         config: the adapter's configuration.
-        state_dict: the adapter's weights, where they and not the configuration say what is targeted.
+        widths: FFN name -> narrow width, where the tensors of an adapter and not the configuration say it.
+        low_rank: whether they are of low rank and leave the width; None: if the configuration's method does so.
 
     Returns:
         The FFNs to fuse, in the model's order.
@@ -90,12 +100,8 @@ def plan_ffns(
             f"{type(model).__name__} has no FFN of a layout that is known. If it has FFNs of its own, describe "
             "how they name their projections with `peft_fusion.ffn.register_layout(FFNLayout(...))`."
         )
-    if state_dict is not None:
-        widths = _widths_of_state_dict(ffns, state_dict)
-    elif config.fused and config.fused_widths is not None:
-        widths = _recorded_widths(ffns, config.fused_widths)
-    else:
-        widths = _configured_widths(ffns, config)
+    widths = _configured_widths(ffns, config) if widths is None else widths
+    low_rank = find_method(config.method).low_rank if low_rank is None else low_rank
     chosen = [ffn for ffn in ffns if ffn.name in widths]
     for ffn in chosen:
         _check_no_adapter(ffn)
@@ -103,9 +109,7 @@ def plan_ffns(
     _check_unshared(model, chosen)
     check_between(chosen)
     _check_modules_to_save(model, config)
-    kept = (
-        {ffn.name: ffn.width for ffn in ffns} if find_method(config.method).low_rank else {}
-    )  # merged, they are as wide as ever
+    kept = {ffn.name: ffn.width for ffn in ffns} if low_rank else {}  # merged, they are as wide as ever
     stated = config_widths(model, ffns, {name: kept.get(name, width) for name, width in widths.items()})
     return [PlannedFFN(ffn, widths[ffn.name], stated[ffn.name]) for ffn in chosen]
 
@@ -122,44 +126,6 @@ def _configured_widths(ffns: list[FFN], config: FusionConfig) -> dict[str, int]:
     return target_widths(
         chosen, float(config.ratio), config.intermediate_size, config.width_pattern, config.multiple_of
     )
-
-
-def _recorded_widths(ffns: list[FFN], recorded: Mapping[str, Iterable[int]]) -> dict[str, int]:
-    """The widths of a saved adapter, if it was made for a model with these FFNs."""
-    found = {ffn.name: ffn.width for ffn in ffns}
-    widths = {}
-    for name, (full, narrow) in recorded.items():
-        if found.get(name) != full:
-            has = f"has {found[name]} neurons there" if name in found else f"has no such FFN, but {sorted(found)[:4]}"
-            raise ValueError(
-                f"The adapter was made for another model: it narrows the FFN {name!r} from {full} to {narrow} "
-                f"neurons, but this model {has}. Load it on the model it was made for."
-            )
-        widths[name] = narrow
-    return widths
-
-
-def _widths_of_state_dict(ffns: list[FFN], state_dict: Mapping[str, Tensor]) -> dict[str, int]:
-    """The FFNs that an adapter's weights belong to, and the widths that their shapes state."""
-    prefix = "base_model.model."
-    weights = {
-        key.removeprefix(prefix).split(".mlp_fusion_narrow.")[0]: value
-        for key, value in state_dict.items()
-        if ".mlp_fusion_narrow." in key and key.endswith(".weight")
-    }
-    widths = {}
-    for ffn in ffns:
-        present = [name for name in ffn.projection_names if name in weights]
-        if present and len(present) < len(ffn.projection_names):
-            missing = sorted(set(ffn.projection_names) - set(present))
-            raise ValueError(f"The state dict holds weights for {present}, but none for {missing} of the same FFN.")
-        if present:
-            widths[ffn.name] = weights[ffn.projection_names[-1]].shape[1]
-    if not widths:
-        raise ValueError(
-            f"The state dict holds narrow weights for none of the model's FFNs; it has {sorted(state_dict)[:3]}."
-        )
-    return widths
 
 
 def _check_no_adapter(ffn: FFN) -> None:

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import copy
+import inspect
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from functools import wraps
 from typing import Any
 
-from peft import PeftConfig, PeftType
-from peft.config import PeftConfigMixin
+from peft import PeftConfig, PeftMixedModel, PeftModel, PeftType
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_MIXED_MODEL_MAPPING
 from peft.tuners.tuners_utils import BaseTuner, _ExcludedModule, _maybe_include_all_linear_layers
 from torch import nn
+from transformers.integrations.peft import PeftAdapterMixin
+
+Method = Callable[..., Any]
 
 NAME = "MLP_FUSION"
 
@@ -44,7 +49,7 @@ def register() -> None:
         return
     register_peft_method(name=NAME.lower(), config_cls=FusionConfig, model_cls=FusionModel)
     _register_for_mixed_models()
-    _remember_where_configs_come_from()
+    _tell_when_adapters_are_loaded()
     _keep_other_tuners_off_fused_ffns()
 
 
@@ -75,25 +80,34 @@ def _register_for_mixed_models() -> None:
     peft.mixed_model.MixedModel = MixedFusionModel
 
 
-def _remember_where_configs_come_from() -> None:
-    """Notes on every loaded `FusionConfig` the folder it was read from.
+def _tell_when_adapters_are_loaded() -> None:
+    """Has the tuner know that the tensors of an adapter follow, before anything in the model changes for it."""
+    from .loading import while_peft_loads, while_transformers_loads
 
-    Every way of loading an adapter (PEFT's and transformers') reads its configuration first, then changes the
-    model, and only then opens the weights. With the folder at hand the tuner checks the weights' file before
-    anything is changed.
-    """
-    original = PeftConfigMixin.from_pretrained.__func__
+    for model in (PeftModel, PeftMixedModel):
+        from_pretrained = vars(model)["from_pretrained"].__func__
+        model.from_pretrained = classmethod(_inside(while_peft_loads, from_pretrained))
+    PeftModel.load_adapter = _inside(while_peft_loads, PeftModel.load_adapter)  # the mixed model's calls it
+    PeftAdapterMixin.load_adapter = _inside(while_transformers_loads, PeftAdapterMixin.load_adapter)
 
-    @wraps(original)
-    def from_pretrained(
-        cls: type[PeftConfig], pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs: Any
-    ) -> PeftConfig:
-        config = original(cls, pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
-        if config.peft_type == PeftType[NAME]:
-            config._loaded_from = (pretrained_model_name_or_path, subfolder)
-        return config
 
-    PeftConfigMixin.from_pretrained = classmethod(from_pretrained)
+def _inside(context: Callable[[dict[str, Any]], AbstractContextManager[None]], method: Method) -> Method:
+    """A method that does what it did, inside a context that gets its arguments by name."""
+    signature = inspect.signature(method)
+
+    @wraps(method)
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
+        try:
+            bound = signature.bind(*args, **kwargs)
+        except TypeError:
+            return method(*args, **kwargs)  # says what is wrong
+        bound.apply_defaults()
+        given = dict(bound.arguments)
+        given.update(given.pop("kwargs", {}))
+        with context(given):
+            return method(*args, **kwargs)
+
+    return wrapped
 
 
 def _keep_other_tuners_off_fused_ffns() -> None:
