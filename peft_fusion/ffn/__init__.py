@@ -1,5 +1,6 @@
 """What an FFN is: layouts as data, finding and selecting FFNs, reading and writing their weights."""
 
+from .between import check_between
 from .capture import Listener, capture, watch
 from .find import FFN, across_neurons, base_of, features, find_ffns, places, unreadable_projections
 from .layouts import LAYOUTS, FFNLayout, register_layout
@@ -20,6 +21,7 @@ __all__ = [
     "across_neurons",
     "base_of",
     "restore",
+    "check_between",
     "check_can_leave",
     "check_finite",
     "config_widths",

@@ -60,7 +60,7 @@ class FFN:
     @property
     def homogeneity(self) -> int | None:
         """The degree of homogeneity of the activation: ReLU 1, squared ReLU 2, None for any other."""
-        return {"ReLU": 1, "relu": 1, "ReLUSquaredActivation": 2}.get(_function_name(self.activation))
+        return {"ReLU": 1, "relu": 1, "ReLUSquaredActivation": 2}.get(function_name(self.activation))
 
     @property
     def activation(self) -> Callable[[Tensor], Tensor] | None:
@@ -147,7 +147,7 @@ def across_neurons(ffn: FFN) -> str | None:
     return None
 
 
-def _function_name(function: object) -> str:
+def function_name(function: object) -> str:
     """The name of a function, or of the class of a module."""
     return getattr(function, "__name__", type(function).__name__)
 

@@ -12,7 +12,7 @@ from ..ffn import (
     FFN,
     ConfigWidth,
     Selection,
-    across_neurons,
+    check_between,
     check_can_leave,
     config_widths,
     features,
@@ -96,17 +96,18 @@ def plan_ffns(
         widths = _recorded_widths(ffns, config.fused_widths)
     else:
         widths = _configured_widths(ffns, config)
-    for ffn in ffns:
-        if ffn.name in widths:
-            _check_fusible(ffn)
-            check_can_leave(ffn, config.base_weights)
-    _check_unshared(model, [ffn for ffn in ffns if ffn.name in widths])
+    chosen = [ffn for ffn in ffns if ffn.name in widths]
+    for ffn in chosen:
+        _check_no_adapter(ffn)
+        check_can_leave(ffn, config.base_weights)
+    _check_unshared(model, chosen)
+    check_between(chosen)
     _check_modules_to_save(model, config)
     kept = (
         {ffn.name: ffn.width for ffn in ffns} if find_method(config.method).low_rank else {}
     )  # merged, they are as wide as ever
     stated = config_widths(model, ffns, {name: kept.get(name, width) for name, width in widths.items()})
-    return [PlannedFFN(ffn, widths[ffn.name], stated[ffn.name]) for ffn in ffns if ffn.name in widths]
+    return [PlannedFFN(ffn, widths[ffn.name], stated[ffn.name]) for ffn in chosen]
 
 
 def _configured_widths(ffns: list[FFN], config: FusionConfig) -> dict[str, int]:
@@ -161,13 +162,7 @@ def _widths_of_state_dict(ffns: list[FFN], state_dict: Mapping[str, Tensor]) -> 
     return widths
 
 
-def _check_fusible(ffn: FFN) -> None:
-    crossing = across_neurons(ffn)
-    if crossing is not None:
-        raise ValueError(
-            f"The FFN {ffn.name!r} cannot be fused: `{crossing}` computes across its neurons, so that merging "
-            "some of them changes what it does to all. Leave it out with `exclude_modules`."
-        )
+def _check_no_adapter(ffn: FFN) -> None:
     for name, module in zip(ffn.projection_names, ffn.projections, strict=True):
         if isinstance(module, BaseTunerLayer) and not isinstance(module, FusionLayer):
             raise ValueError(
