@@ -40,7 +40,7 @@ class Stub(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Maps (..., in_features) to (..., out_features) by `answer`."""
         out = self.answer(self, x)
-        self.given.append(x.clone())
+        self.given.append(x.clone(memory_format=torch.contiguous_format))
         self.put.append(out.clone())  # an activation may work in place
         return out
 
