@@ -30,7 +30,7 @@ def duplicate_neurons(model: nn.Module, distinct: int, seed: int = 0) -> None:
             weights.out_weight[index],
             weights.out_bias,
         )
-        tensors = projection_tensors(repeated, ffn.layout)
+        tensors = projection_tensors(repeated, ffn)
         for module, (weight, bias) in zip(ffn.projections, tensors, strict=True):
             module.weight.data.copy_(weight)
             if bias is not None:

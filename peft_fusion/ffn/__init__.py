@@ -4,11 +4,10 @@ from .between import check_between
 from .capture import Listener, capture, watch
 from .find import FFN, across_neurons, base_of, features, find_ffns, places, unreadable_projections
 from .layouts import LAYOUTS, FFNLayout, register_layout
+from .linear import by_projection, check_finite, find_activation, projection_tensors, read_ffn, run_ffn
 from .originals import is_away, offload, require_originals, restore
-from .run import find_activation, run_ffn
 from .select import Selection, select_ffns, target_widths
 from .storage import blank_like, check_can_leave, device_of, is_quantised
-from .weights import check_finite, projection_tensors, read_ffn
 from .width import ConfigWidth, config_widths
 
 __all__ = [
@@ -20,7 +19,9 @@ __all__ = [
     "Selection",
     "across_neurons",
     "base_of",
-    "restore",
+    "blank_like",
+    "by_projection",
+    "capture",
     "check_between",
     "check_can_leave",
     "check_finite",
@@ -31,16 +32,15 @@ __all__ = [
     "find_ffns",
     "is_away",
     "is_quantised",
-    "blank_like",
-    "capture",
+    "offload",
+    "places",
     "projection_tensors",
     "read_ffn",
     "register_layout",
     "require_originals",
+    "restore",
     "run_ffn",
     "select_ffns",
-    "offload",
-    "places",
     "target_widths",
     "unreadable_projections",
     "watch",

@@ -26,16 +26,19 @@ class FFN:
     holder: nn.Module
 
     @property
+    def paths(self) -> tuple[str, ...]:
+        """Paths of the projections below the holder, the out-projection last."""
+        return self.layout.paths
+
+    @property
     def projection_names(self) -> tuple[str, ...]:
-        """Full paths of the projections, the out-projection last."""
-        prefix = f"{self.name}." if self.name else ""
-        return tuple(prefix + path for path in (*self.layout.in_projections, self.layout.out_projection))
+        """Paths of the projections in the model, the out-projection last."""
+        return tuple(f"{self.name}.{path}" if self.name else path for path in self.paths)
 
     @property
     def projections(self) -> tuple[nn.Module, ...]:
-        """The modules at `projection_names`, as they stand in the model now (wrapped or not)."""
-        paths = (*self.layout.in_projections, self.layout.out_projection)
-        return tuple(self.holder.get_submodule(path) for path in paths)
+        """The modules at `paths`, as they stand in the model now (wrapped or not)."""
+        return tuple(self.holder.get_submodule(path) for path in self.paths)
 
     @property
     def base_projections(self) -> tuple[nn.Module, ...]:
@@ -117,7 +120,7 @@ def unreadable_projections(model: nn.Module) -> list[str]:
     found = set()
     for module in model.modules():
         for layout in LAYOUTS:
-            projections = [_attribute(module, path) for path in (*layout.in_projections, layout.out_projection)]
+            projections = [_attribute(module, path) for path in layout.paths]
             modules = [projection for projection in projections if isinstance(projection, nn.Module)]
             if len(modules) == len(projections):
                 found |= {type(base_of(m)).__name__ for m in modules if not is_projection(m)}
@@ -164,8 +167,7 @@ def _attribute(module: nn.Module, path: str) -> object | None:
 
 def _has_layout(module: nn.Module, layout: FFNLayout) -> bool:
     """Whether a module holds projections with the layout's names and with shapes that make an FFN."""
-    paths = (*layout.in_projections, layout.out_projection)
-    projections = [_attribute(module, path) for path in paths]
+    projections = [_attribute(module, path) for path in layout.paths]
     if not all(isinstance(p, nn.Module) and is_projection(p) for p in projections):
         return False
     *ins, out = [features(base_of(p)) for p in projections if isinstance(p, nn.Module)]

@@ -29,6 +29,11 @@ class FFNLayout:
     across_neurons: tuple[str, ...] = ("ffn_layernorm", "activation_sparsity")
 
     @property
+    def paths(self) -> tuple[str, ...]:
+        """All of its paths, the out-projection's last."""
+        return (*self.in_projections, self.out_projection)
+
+    @property
     def gated(self) -> bool:
         """Whether two in-projections are multiplied."""
         return self.stacked or len(self.in_projections) == 2

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from .find import FFN, function_name
+from .linear import hidden_activations
 from .stubs import Stub, shell_of
 
 TOKENS = 3
@@ -78,7 +79,7 @@ def difference(run: Run, moved: Run) -> str | None:
         run: a run.
         moved: the run of the same FFN with what is moved in it.
     """
-    out = run.ffn.layout.out_projection
+    out = run.ffn.paths[-1]
     if len({len(stub.given) for stub in (*run.ins, run.out)}) > 1:
         return "its projections are not all called, or not equally often"
     for call, hidden in enumerate(run.out.given):
@@ -94,15 +95,12 @@ def difference(run: Run, moved: Run) -> str | None:
 def _is_by_layout(run: Run, hidden: Tensor, moved: Tensor, call: int) -> bool:
     """Whether the out-projection is given, neuron by neuron, the activation, times the second piece if gated.
 
-    Where the activation is not known, any may be, so long as it moves with its own neuron alone.
+    Where the activation is not known it may be any, so long as one neuron moves nothing but itself.
     """
-    pieces = [stub.put[call] for stub in run.ins]
-    if run.ffn.layout.stacked:
-        pieces = list(pieces[0].chunk(2, dim=-1))
+    put = [stub.put[call] for stub in run.ins]
     if run.ffn.activation is not None:
-        expected = run.ffn.activation(pieces[0])
-        return _close(hidden, expected * pieces[1] if run.ffn.layout.gated else expected)
-    if hidden.shape != pieces[0].shape:
+        return _close(hidden, hidden_activations(run.ffn, put))
+    if hidden.shape != (*put[0].shape[:-1], run.ffn.width):
         return False
     expected = hidden * (2 if run.ffn.layout.gated else 1)
     _middle(expected)[_watched(run.ffn)] = _middle(moved)[_watched(run.ffn)]
@@ -113,8 +111,8 @@ def _formula(ffn: FFN) -> str:
     """What the out-projection is to be given, in words."""
     activation = "an activation" if ffn.activation is None else function_name(ffn.activation)
     if ffn.layout.stacked:
-        return f"{activation} of the first half of `{ffn.layout.in_projections[0]}` times the second"
-    return f"{activation} of " + " times ".join(f"`{path}`" for path in ffn.layout.in_projections)
+        return f"{activation} of the first half of `{ffn.paths[0]}` times the second"
+    return f"{activation} of " + " times ".join(f"`{path}`" for path in ffn.paths[:-1])
 
 
 def _watched(ffn: FFN) -> int:

@@ -27,15 +27,14 @@ def modules_between(ffn: FFN) -> list[tuple[str, nn.Module]]:
 
     What has parameters, but none of the FFN's width, cannot (a norm before the in-projection, say).
     """
-    paths = (*ffn.layout.in_projections, ffn.layout.out_projection)
-    holders = dict.fromkeys(path.rpartition(".")[0] for path in paths)
+    holders = dict.fromkeys(path.rpartition(".")[0] for path in ffn.paths)
     beside = {
         f"{holder}.{name}" if holder else name: module
         for holder in holders
         for name, module in ffn.holder.get_submodule(holder).named_children()
     }
     widths = _widths(ffn)
-    return [(path, module) for path, module in beside.items() if path not in paths and _may(ffn, module, widths)]
+    return [(path, module) for path, module in beside.items() if path not in ffn.paths and _may(ffn, module, widths)]
 
 
 def attributes_between(ffn: FFN) -> list[str]:

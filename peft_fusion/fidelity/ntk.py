@@ -69,9 +69,9 @@ def tangent_kernels(
             if len(kept) < len(sequences):
                 continue
             for ffn in ffns:
-                for name, module in zip(ffn.projection_names, ffn.projections, strict=True):
+                for path, module in zip(ffn.paths, ffn.projections, strict=True):
                     parts = [_kernels_of(linear, kept) for linear in linear_modules(module, network.fused)]
-                    kernels[ffn.name, name.removeprefix(f"{ffn.name}.")] = sum(parts[1:], parts[0])
+                    kernels[ffn.name, path] = sum(parts[1:], parts[0])
             kept = []
     return kernels
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from ..ffn import blank_like, check_finite, projection_tensors, read_ffn
+from ..ffn import blank_like, by_projection, check_finite, projection_tensors, read_ffn
 from ..fusing.methods import find_method, narrow_by
 from ..fusing.methods.svd import rank_factors
 from ..fusing.recipe import Recipe
@@ -70,7 +70,7 @@ def empty_projections(planned: PlannedFFN, shapes: Mapping[str, Shapes]) -> list
 def projections_of(narrow: NarrowFFN, planned: PlannedFFN, recipe: Recipe) -> list[NarrowProjection]:
     """Narrow weights as the modules that hold them, each in the dtype and on the device of its original."""
     weights = narrow.folded() if recipe.scale == "none" else narrow.weights
-    tensors = projection_tensors(weights, planned.ffn.layout)
+    tensors = projection_tensors(weights, planned.ffn)
     scales = _scales(narrow, planned, recipe)
     made: list[NarrowProjection] = []
     for (weight, bias), scale, module in zip(tensors, scales, planned.ffn.base_projections, strict=True):
@@ -90,15 +90,12 @@ def _scales(narrow: NarrowFFN, planned: PlannedFFN, recipe: Recipe) -> list[Tens
     if recipe.scale == "ntk":
         ones = torch.ones_like(narrow.scale)
         ins = list(narrow.in_scales or [ones] * len(ins))
-    if planned.ffn.layout.stacked:
-        stacked = [scale for scale in ins if scale is not None]
-        ins = [torch.cat(stacked) if stacked else None]
-    return [*ins, narrow.scale]
+    return [*by_projection(ins, planned.ffn), narrow.scale]
 
 
 def _low_rank(weights: FFNWeights, planned: PlannedFFN) -> list[NarrowProjection]:
     """Every projection as the product of two thin matrices, at full width."""
-    tensors = projection_tensors(balance(weights, planned.ffn.homogeneity), planned.ffn.layout)
+    tensors = projection_tensors(balance(weights, planned.ffn.homogeneity), planned.ffn)
     made: list[NarrowProjection] = []
     for (weight, bias), module, name in zip(
         tensors, planned.ffn.base_projections, planned.ffn.projection_names, strict=True

@@ -128,7 +128,7 @@ COMBINED: dict[str, tuple[Callable[[Tensor], Tensor], bool]] = {
     "gate normed": (lambda z: nn.functional.softmax(halves(z)[0], -1) * halves(z)[1], False),
     "rolled": (lambda z: (nn.functional.silu(halves(z)[0]) * halves(z)[1]).roll(1, -1), False),
     "tokens mixed": (lambda z: (nn.functional.silu(halves(z)[0]) * halves(z)[1]).cumsum(1), False),
-    "narrowed": (lambda z: (nn.functional.silu(halves(z)[0]) * halves(z)[1])[..., :1], False),
+    "narrowed": (lambda z: (nn.functional.silu(halves(z)[0]) * halves(z)[1])[..., :5], False),
 }
 
 
@@ -274,6 +274,15 @@ def test_code_that_cannot_be_tried_is_judged_by_what_is_beside_the_projections(c
     else:
         with pytest.raises(ValueError, match=f"{refused} may compute across its neurons, and its code cannot be tried"):
             check_between(find_ffns(holder))
+
+
+def test_code_that_does_not_get_to_the_projections_is_judged_so_too():
+    holder = Plain()
+    holder.forward = MethodType(lambda self, x: x, holder)
+    check_between(find_ffns(holder))
+    holder.norm = nn.LayerNorm(24)
+    with pytest.raises(ValueError, match=r"`norm` \(LayerNorm\) may compute across its neurons"):
+        check_between(find_ffns(holder))
 
 
 @pytest.mark.parametrize("error", [torch.OutOfMemoryError, MemoryError, KeyboardInterrupt, ZeroDivisionError])

@@ -1,43 +1,16 @@
-"""Finding FFNs, reading them as rows of neurons, and writing them back."""
+"""Finding FFNs, and layouts of one's own."""
 
 from __future__ import annotations
 
 import pytest
-import torch
-from architectures import ARCHITECTURES, BY_NAME
+from architectures import BY_NAME
 from torch import nn
 
-from peft_fusion.ffn import FFNLayout, find_ffns, projection_tensors, read_ffn, register_layout, run_ffn
+from peft_fusion.ffn import FFNLayout, find_ffns, places, register_layout
 from peft_fusion.ffn.layouts import LAYOUTS
 
 
-def by_the_formula(weights, activation, x: torch.Tensor) -> torch.Tensor:
-    """An FFN's output from its rows, as the docstring of `FFNWeights` has it."""
-    ins = [x @ w.T + (0 if b is None else b) for w, b in zip(weights.in_weights, weights.in_biases, strict=True)]
-    hidden = activation(ins[0]) * (ins[1] if weights.gated else 1)
-    return hidden @ weights.out_weight + (0 if weights.out_bias is None else weights.out_bias)
-
-
-@pytest.mark.parametrize("architecture", ARCHITECTURES, ids=lambda a: a.name)
-def test_rows_compute_what_the_model_computes(architecture):
-    x = torch.randn(5, 32)
-    for ffn in find_ffns(architecture.make()):
-        torch.testing.assert_close(by_the_formula(read_ffn(ffn), ffn.activation, x), run_ffn(ffn, ffn.projections, x))
-
-
-@pytest.mark.parametrize("architecture", ARCHITECTURES, ids=lambda a: a.name)
-def test_reading_copies_nothing_and_writing_inverts_it(architecture):
-    ffn = find_ffns(architecture.make())[0]
-    weights = read_ffn(ffn)
-    storages = {p.untyped_storage().data_ptr() for m in ffn.projections for p in m.parameters()}
-    assert all(block.untyped_storage().data_ptr() in storages for block in weights.blocks())
-    for module, (weight, bias) in zip(ffn.projections, projection_tensors(weights, ffn.layout), strict=True):
-        own = module.weight if isinstance(module, nn.Linear) else module.weight.T
-        assert torch.equal(weight, own)
-        assert (bias is None) == (module.bias is None) and (bias is None or torch.equal(bias, module.bias))
-
-
-def test_activations_degree_of_homogeneity():
+def test_homogeneity_of_the_activation():
     assert find_ffns(BY_NAME["opt"].make())[0].homogeneity == 1
     assert find_ffns(BY_NAME["t5"].make())[0].homogeneity == 1
     assert find_ffns(BY_NAME["gpt2"].make())[0].homogeneity is None
@@ -55,7 +28,8 @@ def test_a_layout_can_be_registered():
     register_layout(layout)
     try:
         (ffn,) = find_ffns(Odd())
-        assert (ffn.name, ffn.width, ffn.projection_names) == ("", 24, ("expand", "shrink"))
+        assert (ffn.name, ffn.width, ffn.in_dim, ffn.out_dim) == ("", 24, 8, 8)
+        assert ffn.paths == ffn.projection_names == ("expand", "shrink")
     finally:
         LAYOUTS.remove(layout)
 
@@ -73,3 +47,21 @@ def test_same_names_with_other_shapes_are_no_ffn():
     holder = nn.Module()
     holder.fc1, holder.fc2 = nn.Linear(8, 24), nn.Linear(12, 8)
     assert not find_ffns(holder)
+
+
+def test_paths_are_below_the_holder_and_names_in_the_model():
+    bert = find_ffns(BY_NAME["bert"].make())[1]
+    assert bert.paths == ("intermediate.dense", "output.dense")
+    assert bert.projection_names == ("bert.encoder.layer.1.intermediate.dense", "bert.encoder.layer.1.output.dense")
+    assert bert.projections == (bert.holder.intermediate.dense, bert.holder.output.dense)
+
+
+def test_places_of_modules_that_are_held_twice():
+    llama = BY_NAME["llama"].make()
+    layers = llama.model.layers
+    layers[2].mlp.up_proj = layers[0].mlp.up_proj
+    layers[1] = layers[0]
+    found = places(llama)
+    assert found[id(layers[0].mlp.up_proj)] == ["model.layers.0.mlp.up_proj", "model.layers.2.mlp.up_proj"]
+    assert found[id(layers[0])] == ["model.layers.0", "model.layers.1"]
+    assert found[id(layers[0].mlp.down_proj)] == ["model.layers.0.mlp.down_proj"]

@@ -24,7 +24,7 @@ def test_every_selector_works_with_every_layout(architecture):
     def in_layer(index: int) -> list[str]:
         return [name for name in names if next(p for p in name.split(".") if p.isdigit()) == str(index)]
 
-    paths = (*ffns[0].layout.in_projections, ffns[0].layout.out_projection)
+    paths = ffns[0].paths
     assert select() == names
     assert select(target_modules=list(paths)) == names  # by all projections
     assert select(target_modules=[names[1]]) == [names[1]]  # by the FFN itself
