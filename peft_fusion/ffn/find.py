@@ -10,6 +10,9 @@ from transformers.pytorch_utils import Conv1D
 
 from .layouts import LAYOUTS, FFNLayout
 
+# f(s x) = s^k f(x) for s > 0: the name of an activation's class or function -> k.
+HOMOGENEITY = {"ReLU": 1, "relu": 1, "LeakyReLU": 1, "leaky_relu": 1, "ReLUSquaredActivation": 2}
+
 
 @dataclass(frozen=True)
 class FFN:
@@ -62,8 +65,8 @@ class FFN:
 
     @property
     def homogeneity(self) -> int | None:
-        """The degree of homogeneity of the activation: ReLU 1, squared ReLU 2, None for any other."""
-        return {"ReLU": 1, "relu": 1, "ReLUSquaredActivation": 2}.get(function_name(self.activation))
+        """By which power of a positive factor the activation grows with its input; None where it is by none."""
+        return HOMOGENEITY.get(function_name(self.activation))
 
     @property
     def activation(self) -> Callable[[Tensor], Tensor] | None:

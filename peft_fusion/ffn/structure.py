@@ -7,8 +7,8 @@ from torch import nn
 from .find import FFN, base_of, features, is_projection
 from .storage import is_quantised
 
-ACTIVATIONS = ("transformers.activations", "torch.nn.modules.activation")  # where classes of activations are defined
-HARMLESS = ("dropout", "droppath", "identity", "attention", "attn")  # parts of the lower-case names of classes
+ACTIVATIONS = ("transformers.activations", "torch.nn.modules.activation")  # where their classes are defined
+HARMLESS = ("dropout", "droppath", "identity", "attention", "attn")  # in names of classes, in lower case
 
 
 def runs_plainly(ffn: FFN) -> bool:
@@ -56,7 +56,8 @@ def _widths(ffn: FFN) -> set[int]:
 
 def _may(ffn: FFN, module: nn.Module, widths: set[int]) -> bool:
     """Whether a module may compute on an FFN's neurons."""
-    if module is ffn.activation or type(module).__module__ in ACTIVATIONS or _is_called(module, HARMLESS):
+    is_activation = type(module).__module__ in ACTIVATIONS and not _is_called(module, ("softm",))
+    if module is ffn.activation or is_activation or _is_called(module, HARMLESS):
         return False
     sizes = {size for part in module.modules() for size in _sizes(part)}
     return not sizes or bool(sizes & widths)

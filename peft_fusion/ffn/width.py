@@ -22,13 +22,11 @@ class ConfigWidth:
         configs: every config object that states it (T5's encoder and decoder hold copies of the model's).
         attribute: the attribute's name; "" if no attribute states the width.
         width: the new width, or None if the FFNs under this attribute end up with different widths.
-        ffn: the FFN's name, for messages.
     """
 
     configs: list[Any]
     attribute: str
     width: int | None
-    ffn: str
 
     def apply(self) -> None:
         """Writes the new width, or warns that no stock checkpoint can express it."""
@@ -68,7 +66,7 @@ def config_widths(model: nn.Module, ffns: Sequence[FFN], widths: Mapping[str, in
     for name in widths:
         configs, attribute = places[name]
         values = governed[(id(configs[-1]) if configs else 0, attribute)]
-        result[name] = ConfigWidth(configs, attribute, next(iter(values)) if len(values) == 1 else None, name)
+        result[name] = ConfigWidth(configs, attribute, next(iter(values)) if len(values) == 1 else None)
     return result
 
 

@@ -259,7 +259,10 @@ BESIDE: dict[str, tuple[dict[str, nn.Module], str | None]] = {
     "a norm of the neurons": ({"norm": nn.LayerNorm(24)}, r"`norm` \(LayerNorm\)"),
     "the same beside attention": ({"self_attn": attention(), "norm": nn.LayerNorm(24)}, r"`norm` \(LayerNorm\)"),
     "a convolution": ({"conv": nn.Conv1d(24, 24, 3, groups=24)}, r"`conv` \(Conv1d\)"),
-    "what has no sizes": ({"mix": nn.Softmax(-1), "pool": nn.AvgPool1d(1)}, r"`pool` \(AvgPool1d\)"),
+    "what has no sizes": (
+        {"mix": nn.Softmax(-1), "pool": nn.AvgPool1d(1)},
+        r"`mix` \(Softmax\), `pool` \(AvgPool1d\)",
+    ),
 }
 
 

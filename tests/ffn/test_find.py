@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+import torch
 from architectures import BY_NAME
 from torch import nn
 
@@ -10,10 +11,16 @@ from peft_fusion.ffn import FFNLayout, find_ffns, places, register_layout
 from peft_fusion.ffn.layouts import LAYOUTS
 
 
-def test_homogeneity_of_the_activation():
-    assert find_ffns(BY_NAME["opt"].make())[0].homogeneity == 1
-    assert find_ffns(BY_NAME["t5"].make())[0].homogeneity == 1
-    assert find_ffns(BY_NAME["gpt2"].make())[0].homogeneity is None
+@pytest.mark.parametrize(
+    ("activation", "power"),
+    [("relu", 1), ("leaky_relu", 1), ("relu2", 2), ("relu6", None), ("gelu", None), ("silu", None), ("tanh", None)],
+)
+def test_homogeneity_is_what_the_activation_does(activation, power):
+    (ffn, *_) = find_ffns(BY_NAME["opt"].make(activation_function=activation))
+    assert ffn.homogeneity == power
+    x = torch.linspace(-8, 8, 50)
+    powers = [k for k in (1, 2) if torch.allclose(ffn.activation(3 * x), 3**k * ffn.activation(x), atol=1e-5)]
+    assert powers == ([] if power is None else [power])
 
 
 class Odd(nn.Module):
