@@ -8,6 +8,7 @@ from peft.tuners.tuners_utils import BaseTuner
 from torch import nn
 
 from .layer import FusionLayer, check_one_active
+from .transaction import all_or_nothing
 
 
 class GuardedTuner(BaseTuner):
@@ -40,7 +41,8 @@ class GuardedTuner(BaseTuner):
             ValueError: if there are NaNs under `safe_merge`, or two fusion adapters to merge; nothing is merged then.
         """
         self._check_merge(safe_merge, adapter_names)
-        super().merge_adapter(adapter_names=adapter_names, safe_merge=safe_merge)
+        with all_or_nothing(self.model):
+            super().merge_adapter(adapter_names=adapter_names, safe_merge=safe_merge)
 
     def _fusion_layers(self) -> Iterator[FusionLayer]:
         return (module for module in self.model.modules() if isinstance(module, FusionLayer))

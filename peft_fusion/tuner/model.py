@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 import torch
 from peft import PeftConfig
-from peft.tuners.tuners_utils import BaseTuner, _ExcludedModule
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, _ExcludedModule
 from torch import Tensor, nn
 
 from ..fusing.settle import settle
@@ -23,6 +23,7 @@ from .recipe import asked_recipe
 from .registration import forget_refused_adapter
 from .state import keys_to_load, narrow_state_dict, recorded_scale
 from .stored import in_state_dict
+from .transaction import all_or_nothing
 
 
 class FusionModel(GuardedTuner):
@@ -56,7 +57,7 @@ class FusionModel(GuardedTuner):
             super().__init__(
                 model, peft_config, adapter_name, low_cpu_mem_usage=low_cpu_mem_usage, state_dict=state_dict
             )
-        except Exception:
+        except BaseException:
             forget_refused_adapter(model)
             raise
 
@@ -83,17 +84,29 @@ class FusionModel(GuardedTuner):
         self._stored = tensors_to_come(model, adapter_name) if state_dict is None else in_state_dict(state_dict)
         self._on_meta = low_cpu_mem_usage or _made_on_meta()
         self._projections: dict[str, tuple[NarrowProjection, PlannedFFN]] = {}
+        config = self.peft_config[adapter_name]
         try:
-            super().inject_adapter(
-                model, adapter_name, autocast_adapter_dtype=autocast_adapter_dtype, low_cpu_mem_usage=low_cpu_mem_usage
-            )
+            with all_or_nothing(self.model, config):
+                super().inject_adapter(
+                    model,
+                    adapter_name,
+                    autocast_adapter_dtype=autocast_adapter_dtype,
+                    low_cpu_mem_usage=low_cpu_mem_usage,
+                )
+                self._set_aside(adapter_name, config.base_weights)
+        except BaseException:
+            self.peft_config.pop(adapter_name, None)  # PEFT's own functions do so after errors, not after interrupts
+            raise
         finally:
             self._projections, self._stored = {}, None
-        base_weights = self.peft_config[adapter_name].base_weights
-        if base_weights != "keep":
-            for layer in self._fusion_layers():
-                if adapter_name in layer.mlp_fusion_narrow:
-                    layer.set_aside(keep=base_weights == "offload")
+        if config.fused_by and config.fused_by["calibration"]:
+            drop_calibrated(self.model)
+
+    def _set_aside(self, adapter_name: str, base_weights: str) -> None:
+        """Takes the original weights of an adapter's FFNs out of the way, as its configuration wants it."""
+        for layer in self._fusion_layers() if base_weights != "keep" else ():
+            if adapter_name in layer.mlp_fusion_narrow:
+                layer.set_aside(keep=base_weights == "offload")
 
     def unload(self) -> nn.Module:
         """Gives the original model back; see `BaseTuner.unload`.
@@ -113,7 +126,8 @@ class FusionModel(GuardedTuner):
     ) -> nn.Module:
         if merge:
             self._check_merge(safe_merge, adapter_names)
-        return super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
+        with all_or_nothing(self.model):
+            return super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
 
     @classmethod
     def _get_adapter_state_dict(
@@ -166,7 +180,6 @@ class FusionModel(GuardedTuner):
             ffns = [random_projections(planned, recipe, generator) for planned in plan]
         elif calibrated:
             ffns = [projections_of(calibrated.narrow[p.ffn.name], p, recipe) for p in plan]
-            drop_calibrated(model)
         else:
             ffns = fused_projections(plan, recipe)
         config.fused_widths = {p.ffn.name: [p.ffn.width, p.width] for p in plan}
@@ -216,13 +229,20 @@ def fuse(model: nn.Module, config: FusionConfig) -> nn.Module:
         The same model, its FFNs narrow and its config's width set.
 
     Raises:
-        ValueError: if the configuration does not fit the model, which then is unchanged.
+        ValueError: if the configuration does not fit the model or it has adapters; it is unchanged then.
     """
+    held = [*(getattr(model, "peft_config", None) or ())]
+    if held or any(isinstance(module, BaseTunerLayer) for module in model.modules()):
+        raise ValueError(
+            f"{type(model).__name__} has the adapters {', '.join(map(repr, held)) or '(unnamed)'}, and `fuse` leaves a "
+            "plain model: merge or unload them first, or add a fusion adapter beside them by `get_peft_model`'s kin."
+        )
     trainable: Mapping[str, bool] = {name: p.requires_grad for name, p in model.named_parameters()}
-    tuner = FusionModel(model, config, "fused")
-    merged: nn.Module = tuner.merge_and_unload()
-    for name, parameter in merged.named_parameters():
-        parameter.requires_grad_(trainable.get(name, True))
+    with all_or_nothing(model, config):
+        merged: nn.Module = FusionModel(model, config, "fused").merge_and_unload()
+        vars(merged).pop("peft_config", None)
+        for name, parameter in merged.named_parameters():
+            parameter.requires_grad_(trainable.get(name, True))
     return merged
 
 

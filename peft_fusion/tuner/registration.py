@@ -58,8 +58,8 @@ def forget_refused_adapter(model: nn.Module) -> None:
 
     `add_adapter` and `load_adapter` set it before they try, and would then fail on the corrected second try.
     """
-    if getattr(model, "_hf_peft_config_loaded", False) and not getattr(model, "peft_config", None):
-        setattr(model, "_hf_peft_config_loaded", False)  # noqa: B010  (nn.Module declares attributes as modules)
+    if not getattr(model, "peft_config", None):
+        vars(model).pop("_hf_peft_config_loaded", None)  # the class says that there are none
 
 
 def _register_for_mixed_models() -> None:
