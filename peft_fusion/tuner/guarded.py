@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from peft.tuners.tuners_utils import BaseTuner
-from torch import nn
 
 from .layer import FusionLayer, check_one_active
 from .transaction import all_or_nothing
@@ -54,16 +53,3 @@ class GuardedTuner(BaseTuner):
     def _require_originals(self) -> None:
         for layer in self._fusion_layers():
             layer.require_originals()
-
-
-def check_adapter_name(name: str) -> None:
-    """Refuses a name that torch cannot give to a submodule.
-
-    Raises:
-        ValueError: if it is empty, has a dot in it, or is an attribute of `nn.ModuleDict`.
-    """
-    if not name or "." in name or hasattr(nn.ModuleDict(), name):
-        raise ValueError(
-            f"An adapter cannot be named {name!r}: the name must not be empty, have a dot in it, or be an attribute "
-            'of `torch.nn.ModuleDict` ("keys", "forward", ...). Choose another `adapter_name`.'
-        )

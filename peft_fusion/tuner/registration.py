@@ -1,26 +1,59 @@
-"""Makes MLP Fusion known to PEFT. The only file that touches PEFT's internals."""
+"""Makes MLP Fusion known to PEFT. The only file that touches PEFT's internals; it knows the classes as arguments."""
 
 from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager
 from functools import wraps
 from typing import Any
 
+import peft.tuners.mixed
+import peft.tuners.mixed.model
 from peft import PeftConfig, PeftMixedModel, PeftModel, PeftType
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_MIXED_MODEL_MAPPING
+from peft.tuners.mixed import MixedModel
 from peft.tuners.tuners_utils import BaseTuner, _ExcludedModule, _maybe_include_all_linear_layers
-from torch import nn
+from peft.utils import register_peft_method
+from torch import Tensor, nn
 from transformers.integrations.peft import PeftAdapterMixin
-
-Method = Callable[..., Any]
 
 NAME = "MLP_FUSION"
 
+Method = Callable[..., Any]
+Around = Callable[[dict[str, Any]], AbstractContextManager[None]]
+"""A context around a call, which gets the call's arguments by name."""
 
-def add_peft_type() -> None:
+
+def register(
+    config: type[PeftConfig],
+    tuner: type[BaseTuner],
+    mixed_tuner: type[MixedModel],
+    layer: type[nn.Module],
+    while_peft_loads: Around,
+    while_transformers_loads: Around,
+) -> None:
+    """Registers MLP Fusion under the prefix of its tuner; does nothing the second time.
+
+    Args:
+        config: the configuration's class.
+        tuner: the tuner's.
+        mixed_tuner: the class that PEFT's tuner for adapters of several types becomes with a fusion adapter.
+        layer: the class of the layers that a fused model has.
+        while_peft_loads: entered around every call that loads an adapter, of whatever type, by PEFT's methods.
+        while_transformers_loads: the same, by transformers' method.
+    """
+    _add_peft_type()
+    if PeftType[NAME] in PEFT_TYPE_TO_CONFIG_MAPPING:
+        return
+    register_peft_method(name=NAME.lower(), config_cls=config, model_cls=tuner)
+    _register_for_mixed_models(tuner, mixed_tuner, layer)
+    _enter_around_loading(while_peft_loads, while_transformers_loads)
+    _keep_other_tuners_off_fused_ffns(layer)
+
+
+def _add_peft_type() -> None:
     """Adds the member `MLP_FUSION` to PEFT's closed enumeration of methods; does nothing the second time."""
     if NAME in PeftType.__members__:
         return
@@ -38,52 +71,31 @@ def add_peft_type() -> None:
         hashable.append(NAME)
 
 
-def register() -> None:
-    """Registers configuration and tuner under the prefix `mlp_fusion_`; does nothing the second time."""
-    from peft.utils import register_peft_method
-
-    from .config import FusionConfig
-    from .model import FusionModel
-
-    if PeftType[NAME] in PEFT_TYPE_TO_CONFIG_MAPPING:
-        return
-    register_peft_method(name=NAME.lower(), config_cls=FusionConfig, model_cls=FusionModel)
-    _register_for_mixed_models()
-    _tell_when_adapters_are_loaded()
-    _keep_other_tuners_off_fused_ffns()
-
-
-def forget_refused_adapter(model: nn.Module) -> None:
-    """Takes back transformers' note that a model has adapters, if the first one was refused.
-
-    `add_adapter` and `load_adapter` set it before they try, and would then fail on the corrected second try.
-    """
-    if not getattr(model, "peft_config", None):
-        vars(model).pop("_hf_peft_config_loaded", None)  # the class says that there are none
-
-
-def _register_for_mixed_models() -> None:
+def _register_for_mixed_models(tuner: type[BaseTuner], mixed_tuner: type[MixedModel], layer: type[nn.Module]) -> None:
     """Lets `get_peft_model(..., mixed=True)` and `PeftMixedModel` take fusion adapters beside LoRA's."""
-    import peft.mixed_model
-    import peft.tuners.mixed
-    import peft.tuners.mixed.model as constants
-
-    from .layer import FusionLayer
-    from .mixed import MixedFusionModel
-    from .model import FusionModel
-
+    constants = peft.tuners.mixed.model
     types = (*constants.COMPATIBLE_TUNER_TYPES, PeftType[NAME])
     constants.COMPATIBLE_TUNER_TYPES = peft.tuners.mixed.COMPATIBLE_TUNER_TYPES = types
-    constants.PREFIXES.append(FusionModel.prefix)
-    constants.Layers = (*constants.Layers, FusionLayer)
-    PEFT_TYPE_TO_MIXED_MODEL_MAPPING[PeftType[NAME]] = MixedFusionModel
-    peft.mixed_model.MixedModel = MixedFusionModel
+    constants.PREFIXES.append(tuner.prefix)
+    constants.Layers = (*constants.Layers, layer)
+    PEFT_TYPE_TO_MIXED_MODEL_MAPPING[PeftType[NAME]] = mixed_tuner
+
+    @wraps(BaseTuner.inject_adapter)
+    def inject_adapter(self: MixedModel, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        if type(self) is not MixedModel or self.peft_config[adapter_name].peft_type != PeftType[NAME]:
+            return super(MixedModel, self).inject_adapter(model, adapter_name, *args, **kwargs)
+        self.__class__ = mixed_tuner  # from the first fusion adapter on; without one it stays PEFT's own
+        try:
+            return self.inject_adapter(model, adapter_name, *args, **kwargs)
+        except BaseException:
+            self.__class__ = MixedModel
+            raise
+
+    MixedModel.inject_adapter = inject_adapter
 
 
-def _tell_when_adapters_are_loaded() -> None:
+def _enter_around_loading(while_peft_loads: Around, while_transformers_loads: Around) -> None:
     """Has the tuner know that the tensors of an adapter follow, before anything in the model changes for it."""
-    from .loading import while_peft_loads, while_transformers_loads
-
     for model in (PeftModel, PeftMixedModel):
         from_pretrained = vars(model)["from_pretrained"].__func__
         model.from_pretrained = classmethod(_inside(while_peft_loads, from_pretrained))
@@ -91,8 +103,8 @@ def _tell_when_adapters_are_loaded() -> None:
     PeftAdapterMixin.load_adapter = _inside(while_transformers_loads, PeftAdapterMixin.load_adapter)
 
 
-def _inside(context: Callable[[dict[str, Any]], AbstractContextManager[None]], method: Method) -> Method:
-    """A method that does what it did, inside a context that gets its arguments by name."""
+def _inside(context: Around, method: Method) -> Method:
+    """A method that does what it did, inside a context."""
     signature = inspect.signature(method)
 
     @wraps(method)
@@ -110,11 +122,11 @@ def _inside(context: Callable[[dict[str, Any]], AbstractContextManager[None]], m
     return wrapped
 
 
-def _keep_other_tuners_off_fused_ffns() -> None:
-    """Has every tuner of PEFT refuse two mistakes before it changes anything.
+def _keep_other_tuners_off_fused_ffns(layer: type[nn.Module]) -> None:
+    """Has every tuner of PEFT refuse two mistakes in a model that holds a fusion adapter, and only there.
 
-    It would take over the name of a fusion adapter, whose configuration is lost then, and it would size itself
-    for the original width of a fused projection, which fails in the first forward pass.
+    It would take over the name of that adapter, whose configuration is lost then, and it would size itself for the
+    original width of a fused projection, which fails in the first forward pass.
     """
     init, inject = BaseTuner.__init__, BaseTuner.inject_adapter
 
@@ -122,45 +134,58 @@ def _keep_other_tuners_off_fused_ffns() -> None:
     def checked_init(
         self: BaseTuner, model: nn.Module, peft_config: Any, adapter_name: str, *args: Any, **kwargs: Any
     ) -> None:
-        existing = getattr(model, "peft_config", None) or {}
-        before = dict(existing)
-        new = peft_config if isinstance(peft_config, PeftConfig) else peft_config[adapter_name]
-        if adapter_name in before and PeftType[NAME] in (new.peft_type, before[adapter_name].peft_type):
+        held = getattr(model, "peft_config", None)
+        if not isinstance(held, dict) or not any(_is_fusion(config) for config in held.values()):
+            return init(self, model, peft_config, adapter_name, *args, **kwargs)
+        if _is_fusion(held.get(adapter_name)):
             raise ValueError(
                 f"The model already has an adapter named {adapter_name!r}. Give this one another `adapter_name`."
             )
+        before = dict(held)
         try:
-            init(self, model, peft_config, adapter_name, *args, **kwargs)
-        except Exception:
-            if adapter_name not in before:  # the tuners of one model share this dictionary
-                existing.pop(adapter_name, None)
+            return init(self, model, peft_config, adapter_name, *args, **kwargs)
+        except BaseException:
+            held.clear()  # the tuners of one model share this dictionary
+            held.update(before)
             raise
 
     @wraps(inject)
     def checked_inject(self: BaseTuner, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
-        config = self.peft_config[adapter_name]
-        if config.peft_type != PeftType[NAME] and kwargs.get("state_dict") is None:
-            _check_targets(self, model, config)
-        inject(self, model, adapter_name, *args, **kwargs)
+        fused = [name for name, module in model.named_modules() if isinstance(module, layer)]
+        config = self.peft_config[adapter_name] if fused else None
+        if config is not None and not _is_fusion(config):
+            _check_targets(self, model, config, fused, kwargs.get("state_dict"))
+        return inject(self, model, adapter_name, *args, **kwargs)
 
     BaseTuner.__init__, BaseTuner.inject_adapter = checked_init, checked_inject
 
 
-def _check_targets(tuner: BaseTuner, model: nn.Module, config: PeftConfig) -> None:
-    """Refuses another method's configuration that targets projections of fused FFNs.
+def _is_fusion(config: Any) -> bool:
+    return isinstance(config, PeftConfig) and config.peft_type == PeftType[NAME]
+
+
+def _check_targets(
+    tuner: BaseTuner,
+    model: nn.Module,
+    config: PeftConfig,
+    fused: Iterable[str],
+    state_dict: Mapping[str, Tensor] | None,
+) -> None:
+    """Refuses another method's configuration, or state dict, that targets projections of fused FFNs.
 
     Raises:
         ValueError: naming them.
     """
-    from .layer import FusionLayer
-
-    fused = [name for name, module in model.named_modules() if isinstance(module, FusionLayer)]
-    if not fused or not hasattr(config, "target_modules"):
+    if state_dict is not None:
+        named = {key.rsplit(f".{tuner.prefix}", 1)[0].removeprefix("_orig_mod.") for key in state_dict}
+        hit = [name for name in fused if name in named]
+    elif not hasattr(config, "target_modules"):
         return
-    config = tuner._prepare_adapter_config(copy.copy(config), BaseTuner.get_model_config(model))
-    config = _maybe_include_all_linear_layers(config, model)
-    matches = {name: tuner._check_target_module_exists(config, name) for name in fused}
-    hit = [name for name, match in matches.items() if match and not isinstance(match, _ExcludedModule)]
+    else:
+        config = tuner._prepare_adapter_config(copy.copy(config), BaseTuner.get_model_config(model))
+        config = _maybe_include_all_linear_layers(config, model)
+        matches = {name: tuner._check_target_module_exists(config, name) for name in fused}
+        hit = [name for name, match in matches.items() if match and not isinstance(match, _ExcludedModule)]
     if hit:
         shown = ", ".join(hit[:3]) + (f" and {len(hit) - 3} more" if len(hit) > 3 else "")
         raise ValueError(
