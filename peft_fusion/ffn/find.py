@@ -49,7 +49,12 @@ class FFN:
 
     @property
     def homogeneity(self) -> int | None:
-        """The homogeneity of homogeneity of the activation: ReLU 1, squared ReLU 2, None for any other."""
+        """The degree of homogeneity of a plain FFN's activation: ReLU 1, squared ReLU 2, None for any other.
+
+        A gated FFN is linear in its second piece, which is the one that is rescaled, whatever the activation.
+        """
+        if self.layout.gated:
+            return None
         return {"ReLU": 1, "relu": 1, "ReLUSquaredActivation": 2}.get(_function_name(self.activation))
 
     @property
