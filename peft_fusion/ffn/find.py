@@ -65,8 +65,11 @@ class FFN:
 
     @property
     def homogeneity(self) -> int | None:
-        """By which power of a positive factor the activation grows with its input; None where it is by none."""
-        return HOMOGENEITY.get(function_name(self.activation))
+        """By which power of a positive factor a plain FFN's activation grows with its input; None where it is by none.
+
+        A gated FFN is linear in its second piece, which is the one that is rescaled, whatever the activation.
+        """
+        return None if self.layout.gated else HOMOGENEITY.get(function_name(self.activation))
 
     @property
     def activation(self) -> Callable[[Tensor], Tensor] | None:

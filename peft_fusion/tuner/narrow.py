@@ -129,7 +129,9 @@ def plain_projection(
     like, trains = blank_like(original), next(original.parameters()).requires_grad
     module: nn.Module
     if isinstance(original, Conv1D):
-        module, weight = Conv1D(out_features, in_features), weight.T.contiguous()
+        with torch.device("meta"):  # which draws no random numbers
+            module = Conv1D(out_features, in_features)
+        weight = weight.T.contiguous()
     else:
         kind = nn.Linear if is_quantised(original) else type(original)
         module = linear = kind.__new__(kind)
