@@ -1,4 +1,4 @@
-"""What goes on inside an FFN on given inputs: hidden activations and their derivatives."""
+"""What an FFN computes on given inputs: its outputs, its hidden activations and their derivatives."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from .weights import FFNWeights
+from .weights import FFNWeights, NarrowFFN
 
 Activation = Callable[[Tensor], Tensor]
 
-CHUNK = 512
+CHUNK = 256
 """Tokens that are looked at together where there may be many: what is inside takes many times their memory."""
 
 
@@ -31,29 +31,59 @@ class Inside:
     slopes: tuple[Tensor, ...]
 
 
-def look_inside(weights: FFNWeights, activation: Activation, inputs: Tensor) -> Inside:
-    """Runs an FFN's in-projections and activation.
+def run(ffn: FFNWeights | NarrowFFN, activation: Activation, inputs: Tensor) -> Tensor:
+    """What an FFN puts out, without dropout; differentiable.
+
+    Args:
+        ffn: an FFN's weights, or those of a narrow one with its scales.
+        activation: the activation function, elementwise.
+        inputs: tensor of shape (..., in_dim), on the device of the weights.
+
+    Returns:
+        Tensor of shape (..., out_dim), in float32 at least.
+    """
+    narrow = ffn if isinstance(ffn, NarrowFFN) else NarrowFFN(ffn, torch.ones((), device=ffn.out_weight.device))
+    weights, x = narrow.weights, inputs.to(_at_least_float32(narrow.weights))
+    hidden = _hidden(weights, activation, x, narrow.in_scales) * narrow.scale.to(x)
+    bias = None if weights.out_bias is None else weights.out_bias.to(x)
+    return linear(hidden, weights.out_weight.to(x).T, bias)
+
+
+def hidden_activations(weights: FFNWeights, activation: Activation, inputs: Tensor) -> Tensor:
+    """What goes into an FFN's out-projection.
 
     Args:
         weights: the FFN's weights.
         activation: the activation function, elementwise.
-        inputs: tensor of shape (tokens, in_dim).
+        inputs: tensor of shape (tokens, in_dim), on the device of the weights.
 
     Returns:
-        Hidden activations and slopes, in float32 at least.
+        Tensor of shape (tokens, neurons), in float32 at least.
     """
-    dtype = torch.promote_types(weights.out_weight.dtype, torch.float32)
-    x = inputs.to(dtype)
-    pairs = zip(weights.in_weights, weights.in_biases, strict=True)
-    z = [x @ w.to(dtype).T + (0 if b is None else b.to(dtype)) for w, b in pairs]
+    return _hidden(weights, activation, inputs.to(_at_least_float32(weights)))
+
+
+def look_inside(weights: FFNWeights, activation: Activation, inputs: Tensor) -> Inside:
+    """An FFN's hidden activations and their slopes.
+
+    Args:
+        weights: the FFN's weights.
+        activation: the activation function, elementwise.
+        inputs: tensor of shape (tokens, in_dim), on the device of the weights.
+
+    Returns:
+        Both in float32 at least.
+    """
+    x = inputs.to(_at_least_float32(weights))
+    first, *others = _before(weights, x)
     with torch.enable_grad():
-        first = z[0].detach().requires_grad_()
+        first = first.detach().requires_grad_()
         activated = activation(first)
         (slope,) = torch.autograd.grad(activated.sum(), first)
     activated = activated.detach()
-    if not weights.gated:
+    if not others:
         return Inside(activated, (slope,))
-    return Inside(activated * z[1], (slope * z[1], activated))
+    return Inside(activated * others[0], (slope * others[0], activated))
 
 
 def look_by_parts(weights: FFNWeights, activation: Activation, inputs: Tensor) -> Iterator[Inside]:
@@ -61,21 +91,21 @@ def look_by_parts(weights: FFNWeights, activation: Activation, inputs: Tensor) -
     return (look_inside(weights, activation, part) for part in inputs.split(CHUNK))
 
 
-def run(narrow: FFNWeights, activation: Activation, inputs: Tensor) -> Tensor:
-    """What an FFN of these weights puts out, differentiably.
+def _hidden(
+    weights: FFNWeights, activation: Activation, x: Tensor, in_scales: tuple[Tensor, ...] | None = None
+) -> Tensor:
+    first, *others = _before(weights, x)
+    if in_scales is not None:
+        first, *others = (z * scale.to(z) for z, scale in zip((first, *others), in_scales, strict=True))
+    hidden = activation(first)
+    return hidden * others[0] if others else hidden
 
-    Args:
-        narrow: the FFN's weights, scales folded in.
-        activation: its activation function, elementwise.
-        inputs: tensor of shape (..., in_dim).
 
-    Returns:
-        Tensor of shape (..., out_dim), in float32 at least.
-    """
-    dtype = torch.promote_types(narrow.out_weight.dtype, torch.float32)
-    x = inputs.to(dtype)
-    pairs = zip(narrow.in_weights, narrow.in_biases, strict=True)
-    z = [linear(x, w.to(dtype), None if b is None else b.to(dtype)) for w, b in pairs]
-    hidden = activation(z[0]) * z[1] if narrow.gated else activation(z[0])
-    bias = None if narrow.out_bias is None else narrow.out_bias.to(dtype)
-    return linear(hidden, narrow.out_weight.T.to(dtype), bias)
+def _before(weights: FFNWeights, x: Tensor) -> list[Tensor]:
+    """What the in-projections put out, in the dtype of `x`."""
+    pairs = zip(weights.in_weights, weights.in_biases, strict=True)
+    return [linear(x, weight.to(x), None if bias is None else bias.to(x)) for weight, bias in pairs]
+
+
+def _at_least_float32(weights: FFNWeights) -> torch.dtype:
+    return torch.promote_types(weights.out_weight.dtype, torch.float32)

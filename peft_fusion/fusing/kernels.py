@@ -21,7 +21,7 @@ from types import MappingProxyType
 import torch
 from torch import Tensor
 
-from .activations import Activation, look_inside
+from .activations import CHUNK, Activation, look_inside
 from .cluster.gram import gram_matrix
 from .known import KnownFFN
 from .symmetry import balancing_factors, rescale
@@ -67,7 +67,7 @@ def ntk_kernel(
 
     Args:
         weights: the FFN's weights.
-        second_moment: E[h h^T], tensor of shape (neurons, neurons).
+        second_moment: E[h h^T], tensor of shape (neurons, neurons); overwritten, as there is little room for such.
         inputs: tensor of shape (tokens, in_dim), for the derivatives.
         activation: the activation function.
         homogeneity: for a plain FFN, its activation's degree of homogeneity; None if it has none.
@@ -75,27 +75,35 @@ def ntk_kernel(
     Returns:
         Symmetric tensor of shape (neurons, neurons).
     """
-    moment = second_moment.to(weights.out_weight.device)
     factor = balancing_factors(weights, homogeneity)
     if factor is not None:
         weights = rescale(weights, factor, homogeneity or 1)
-        moment = moment * torch.outer(factor, factor) ** (homogeneity or 1)
-    out = gram_matrix([weights.out_weight])
-    outputs = moment * out
-    x = inputs.to(outputs)
-    slopes = look_inside(weights, activation, x).slopes
-    parts = [moment, *(_moment(slope * x.norm(dim=1, keepdim=True)).mul_(out) for slope in slopes)]
-    trace = outputs.trace()
-    return sum((part * (trace / part.trace().clamp(min=1e-30)) for part in parts), outputs)
+    out, moment = gram_matrix([weights.out_weight]), second_moment.to(weights.out_weight.device)
+    if factor is not None:
+        power = factor ** (homogeneity or 1)
+        moment = moment.mul_(power).mul_(power.unsqueeze(1))
+    parts = [moment, *(torch.zeros_like(out) for _ in weights.in_weights)]
+    for x in inputs.split(CHUNK):
+        size = x.to(out).norm(dim=1, keepdim=True)
+        for part, slope in zip(parts[1:], look_inside(weights, activation, x).slopes, strict=True):
+            value = slope * size
+            part.addmm_(value.T, value)
+    total = moment * out
+    trace = total.trace()
+    for part in parts[1:]:
+        part.mul_(out)
+    for part in parts:
+        total.add_(part, alpha=_share(trace, part))
+    return total
 
 
-def _moment(values: Tensor) -> Tensor:
-    """E[v v^T] over the rows."""
-    return values.T @ values / max(len(values), 1)
+def _share(trace: Tensor, part: Tensor) -> float:
+    """The factor that gives a part this trace."""
+    return float(trace / part.trace().clamp(min=1e-30))
 
 
 def _outputs_of(ffn: KnownFFN) -> Tensor:
-    return output_kernel(ffn.seen_weight, ffn.second_moment)
+    return output_kernel(ffn.seen_weight, ffn.second_moment())
 
 
 @dataclass(frozen=True)
@@ -120,7 +128,7 @@ KERNELS: Mapping[str, Kernel] = MappingProxyType(
         "outputs": Kernel(_outputs_of),
         "fisher": Kernel(_outputs_of, needs_gradients=True),
         "ntk": Kernel(
-            lambda ffn: ntk_kernel(ffn.weights, ffn.second_moment, ffn.inputs, ffn.activation, ffn.homogeneity)
+            lambda ffn: ntk_kernel(ffn.weights, ffn.second_moment(), ffn.inputs, ffn.activation, ffn.homogeneity)
         ),
     }
 )

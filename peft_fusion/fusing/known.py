@@ -8,24 +8,25 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from .activations import Activation, look_by_parts
+from .activations import CHUNK, Activation, hidden_activations
 from .metric import in_metric, metric_root
+from .moments import Moments, MomentSums, SampleMoments
 from .statistics import FFNStatistics
-from .weights import FFNWeights, cast
+from .weights import FFNWeights
 
 
 @dataclass(frozen=True)
 class KnownFFN:
     """An FFN and what calibration found out about it.
 
+    What is as large as the square of its width is made anew each time, for there is room for few of these.
+
     Args:
-        weights: in float32 at least.
+        weights: the FFN's weights, of any dtype.
         statistics: of what goes through it.
         activation: its activation function.
         homogeneity: for a plain FFN, its activation's degree of homogeneity; None if it has none.
-        second_moment: E[h h^T], shape (neurons, neurons).
-        inputs: of held-out tokens, shape (tokens, in_dim).
-        hidden: the hidden activations there, shape (tokens, neurons).
+        inputs: of held-out tokens, shape (tokens, in_dim), on the device of the weights.
         metric_root: of the metric in which outputs are compared; None: the plain one.
     """
 
@@ -33,25 +34,74 @@ class KnownFFN:
     statistics: FFNStatistics
     activation: Activation
     homogeneity: int | None
-    second_moment: Tensor
     inputs: Tensor
-    hidden: Tensor
     metric_root: Tensor | None
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The one to compute in: float32 at least."""
+        return torch.promote_types(self.weights.out_weight.dtype, torch.float32)
 
     @cached_property
     def seen_weight(self) -> Tensor:
         """The out-weights in the coordinates of the metric, in which their lengths count."""
-        return in_metric(self.weights.out_weight, self.metric_root)
+        return in_metric(self.weights.out_weight.to(self.dtype), self.metric_root)
 
     @cached_property
     def seen_outputs(self) -> Tensor:
         """What the FFN puts out on the held-out inputs, without its bias, in the same coordinates."""
-        return self.hidden @ self.seen_weight
+        parts = (hidden_activations(self.weights, self.activation, part) for part in self.inputs.split(CHUNK))
+        return torch.cat([hidden @ self.seen_weight for hidden in parts])
 
     @property
     def saliency(self) -> Tensor:
         """E[h_i^2] |w2_i|^2, the size of what each neuron puts out."""
-        return self.second_moment.diagonal() * self.seen_weight.square().sum(1)
+        return self.statistics.power.to(self.seen_weight) * self.seen_weight.square().sum(1)
+
+    def second_moment(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """E[h h^T], shape (neurons, neurons); a new tensor."""
+        return self.statistics.second_moment_in(dtype).to(self.inputs.device)
+
+    def moments_of_kept(self, kept: Tensor) -> Moments:
+        """The moments of the FFN of which some neurons are kept: parts of what calibration accumulated.
+
+        Args:
+            kept: int64 tensor of the kept neurons.
+
+        Returns:
+            Float64, with the outputs in the metric's coordinates; about means if the FFN has an out-bias.
+        """
+        mean, w = self.statistics.mean.to(self.inputs.device), self.seen_weight.double()
+        gram, cross = mean.new_empty(len(kept), len(kept)), mean.new_empty(len(kept), w.shape[1])
+        biased = self.weights.out_bias is not None
+        for start in range(0, len(kept), CHUNK):
+            part = slice(start, start + CHUNK)
+            rows = self.statistics.covariance_rows(kept[part].to(self.statistics.sum.device)).to(w)
+            if not biased:
+                rows.addr_(mean[kept[part]], mean)
+            gram[part] = rows[:, kept]
+            torch.mm(rows, w, out=cross[part])
+        return Moments(gram, cross, mean[kept] if biased else None, mean @ w if biased else None)
+
+    def held_out_moments(
+        self, narrow: FFNWeights, scale: Tensor | None = None, tokens: slice = slice(None)
+    ) -> SampleMoments:
+        """The moments of a narrow FFN on held-out tokens, with the original's outputs in the metric's coordinates.
+
+        Args:
+            narrow: the narrow FFN's weights.
+            scale: of its hidden activations, tensor of shape (width,), or None for 1.
+            tokens: which of the held-out tokens.
+
+        Returns:
+            Float64: sums in float32 leave too little of a small error, a difference of larger ones.
+        """
+        inputs, outputs = self.inputs[tokens], self.seen_outputs[tokens]
+        sums = MomentSums(narrow.width, outputs.shape[1], outputs.device, torch.float64)
+        for x, y in zip(inputs.split(CHUNK), outputs.split(CHUNK), strict=True):
+            hidden = hidden_activations(narrow, self.activation, x)
+            sums.add(hidden if scale is None else hidden * scale, y)
+        return sums.moments()
 
 
 def known_ffn(
@@ -61,7 +111,7 @@ def known_ffn(
     homogeneity: int | None = None,
     with_metric: bool = False,
 ) -> KnownFFN:
-    """Brings everything together in float32 on the device of the weights.
+    """Brings an FFN and its statistics together on the device of the weights.
 
     Args:
         weights: the FFN's weights.
@@ -81,11 +131,8 @@ def known_ffn(
         )
     if with_metric and statistics.fisher is None:
         raise ValueError('The kernel "fisher" needs gradients, and these statistics have none.')
-    weights = cast(weights, torch.promote_types(weights.out_weight.dtype, torch.float32))
-    root = None
+    device, root = weights.out_weight.device, None
     if with_metric and statistics.fisher is not None:
-        root = metric_root(statistics.fisher.to(weights.out_weight))
-    moment = statistics.second_moment.to(weights.out_weight.device)
-    inputs = statistics.held_out.to(weights.out_weight)
-    hidden = torch.cat([inside.hidden for inside in look_by_parts(weights, activation, inputs)])
-    return KnownFFN(weights, statistics, activation, homogeneity, moment, inputs, hidden, root)
+        dtype = torch.promote_types(weights.out_weight.dtype, torch.float32)
+        root = metric_root(statistics.fisher.to(device, dtype))
+    return KnownFFN(weights, statistics, activation, homogeneity, statistics.held_out.to(device), root)

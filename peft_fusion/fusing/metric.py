@@ -47,3 +47,11 @@ def in_metric(weight: Tensor, root: Tensor | None) -> Tensor:
     Turning the weights is much cheaper than turning what they put out for every token.
     """
     return weight if root is None else weight @ root.to(weight)
+
+
+def out_of_metric(weight: Tensor, root: Tensor | None) -> Tensor:
+    """The inverse of `in_metric`."""
+    if root is None:
+        return weight
+    turned: Tensor = torch.linalg.solve(root.double(), weight.double().reshape(-1, len(root)), left=False)
+    return turned.reshape(weight.shape).to(weight)

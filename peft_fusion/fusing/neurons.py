@@ -51,35 +51,36 @@ def eliminate(second_moment: Tensor, out_weight: Tensor, width: int) -> Tensor:
     neuron). Each round removes the cheapest few and brings A and w up to date exactly.
 
     Args:
-        second_moment: E[h h^T], tensor of shape (neurons, neurons).
+        second_moment: E[h h^T], float64 tensor of shape (neurons, neurons); overwritten, as there is no room for two.
         out_weight: tensor of shape (neurons, out_dim).
         width: how many neurons are to be left.
 
     Returns:
         int64 tensor of shape (width,): those left, in their original order.
     """
-    inverse = _shrunk_inverse(second_moment)
-    weights, live = out_weight.double(), torch.arange(len(inverse), device=inverse.device)
-    for remaining in _schedule(len(live), width):
-        cost = weights.square().sum(1) / inverse.diagonal()
-        order = cost.argsort(stable=True)
-        dead, kept = order[: len(live) - remaining], order[len(live) - remaining :].sort().values
-        # inverse[dead, dead]^-1 times the rows of what goes, as the block inverse has it
-        rows = inverse[dead]
-        solved = torch.linalg.solve(rows[:, dead], torch.cat([rows[:, kept], weights[dead]], dim=1))
-        across = rows[:, kept].T
-        weights = weights[kept].addmm_(across, solved[:, len(kept) :], alpha=-1)
-        inverse = inverse[kept[:, None], kept].addmm_(across, solved[:, : len(kept)], alpha=-1)
-        live = live[kept]
-    return live
+    inverse, weights = _shrunk_inverse(second_moment), out_weight.to(torch.float64, copy=True)
+    alive = torch.ones(len(inverse), dtype=torch.bool, device=inverse.device)
+    before = len(alive)
+    for remaining in _schedule(before, width):
+        cost = torch.where(alive, weights.square().sum(1) / inverse.diagonal(), torch.inf)
+        dead = cost.argsort(stable=True)[: before - remaining]
+        # inverse[dead, dead]^-1 times the rows of what goes, as the block inverse has it; these rows get 0
+        rows = inverse.index_select(0, dead)
+        factors = torch.linalg.lu_factor(rows[:, dead])
+        weights.addmm_(rows.T, torch.linalg.lu_solve(*factors, weights[dead]), alpha=-1)
+        inverse.addmm_(rows.T, torch.linalg.lu_solve(*factors, rows), alpha=-1)
+        alive[dead], before = False, remaining
+    return alive.nonzero().squeeze(1)
 
 
-def _shrunk_inverse(second_moment: Tensor) -> Tensor:
-    """The inverse, in float64, of a second moment with its diagonal raised."""
-    moment = second_moment.to(torch.float64, copy=True)
+def _shrunk_inverse(moment: Tensor) -> Tensor:
+    """The inverse of a second moment with its diagonal raised, in its place."""
     diagonal = moment.diagonal()
     diagonal.add_(SHRINKAGE * diagonal + 1e-8 * diagonal.mean() + 1e-30)
-    return torch.cholesky_inverse(torch.linalg.cholesky(moment, out=moment))
+    columns = moment.mT  # in the order that LAPACK takes without a copy; the matrix is symmetric
+    torch.linalg.cholesky(columns, out=columns)
+    torch.cholesky_inverse(columns, out=columns)
+    return moment
 
 
 def _schedule(neurons: int, width: int) -> list[int]:

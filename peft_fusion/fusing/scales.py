@@ -8,16 +8,15 @@ at token t of a sequence,
     out-weights:   the gradient is  sum_t h_it d_t
     in-weights k:  the gradient is  sum_t h'_kit <w2_i, d_t> [x_t | 1]
 
-Where calibration took gradients, the kernels of both FFNs are formed, and each scale is the least-squares factor from
-the narrow one's to the original's. Where there are none, only the gradients' L1 norms are matched: over the tokens
-the d differ in sign, so |h_i| adds up like its root mean square, and for a d of no preferred direction
-|<w2_i, d>| is proportional to |w2_i|.
+At first only the gradients' L1 norms are matched: over the tokens the d differ in sign, so |h_i| adds up like its root
+mean square, and for a d of no preferred direction |<w2_i, d>| is proportional to |w2_i|. Where the model has gradients,
+the kernels of both FFNs are then formed with all narrow FFNs in place, for what goes into an FFN and what comes back to
+it change with the others, and each scale is the least-squares factor from the narrow one's kernel to the original's.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -34,7 +33,7 @@ MOST = 4.0
 
 
 def match_sizes(original: FFNWeights, narrow: FFNWeights, activation: Activation, inputs: Tensor) -> NarrowFFN:
-    """Splits the weights of a narrow FFN into smaller ones and scales that match the L1 norms; the function stays.
+    """Splits the weights of a narrow FFN into smaller ones and fixed scales, which match the gradients' L1 norms.
 
     Args:
         original: the original FFN's weights.
@@ -43,7 +42,7 @@ def match_sizes(original: FFNWeights, narrow: FFNWeights, activation: Activation
         inputs: tensor of shape (tokens, in_dim) from calibration.
 
     Returns:
-        The narrow FFN with its scales, in the dtype of `narrow`.
+        The narrow FFN with its scales, one number for each projection, in the dtype of `narrow`.
     """
     wide_sizes, narrow_sizes = _sizes(original, activation, inputs), _sizes(narrow, activation, inputs)
     scales = [wide / max(small, 1e-30) for wide, small in zip(wide_sizes, narrow_sizes, strict=True)]
@@ -53,29 +52,34 @@ def match_sizes(original: FFNWeights, narrow: FFNWeights, activation: Activation
 def fit_scales(
     narrow: NarrowFFN, kernels: Sequence[Tensor], tokens: TokenGradients, activation: Activation
 ) -> NarrowFFN:
-    """Moves the scales of a narrow FFN to the least-squares factors from its tangent kernels to the original's.
+    """Moves the scales of a narrow FFN to the least-squares factors to the original's kernels, the function unchanged.
 
     Args:
-        narrow: the narrow FFN, with scales that match sizes; none is moved further than by `MOST`.
+        narrow: the narrow FFN with the scales of `match_sizes`, from which none moves by more than `MOST`.
         kernels: the original's Adam kernels, of each in-projection and of the out-projection.
-        tokens: what the narrow FFN gets where every FFN is narrow.
+        tokens: what the FFN gets when all FFNs are narrow, over the same sequences.
         activation: the activation function.
 
     Returns:
-        The narrow FFN with other scales and the same function, in its dtype.
+        The narrow FFN with its scales, in the same dtype.
+
+    Raises:
+        ValueError: if it has no scales in front of the activation, hence none that were matched.
     """
+    if narrow.in_scales is None:
+        raise ValueError("Only scales that match the norms can be fitted: call `match_sizes` first.")
+    before = [float(scale[0]) for scale in (*narrow.in_scales, narrow.scale)]
     dtype = narrow.weights.out_weight.dtype
-    full = replace(narrow, weights=cast(narrow.weights, torch.promote_types(dtype, torch.float32)))
-    folded = full.folded()
-    own = adam_kernels(folded, activation, tokens)
-    fits = [_factor(wide, small) for wide, small in zip(kernels, own, strict=True)]
-    scales = [float(scale[0]) for scale in (*(narrow.in_scales or ()), narrow.scale)]
-    fitted = _split(folded, [_near(fit, scale) for fit, scale in zip(fits, scales, strict=True)])
-    return replace(fitted, weights=cast(fitted.weights, dtype))
+    exact = cast(narrow.weights, torch.promote_types(dtype, torch.float32))
+    folded = NarrowFFN(exact, narrow.scale, narrow.in_scales).folded()
+    found = adam_kernels(folded, activation, tokens)
+    fits = [_factor(wide, small) for wide, small in zip(kernels, found, strict=True)]
+    fitted = _split(folded, [_near(fit, scale) for fit, scale in zip(fits, before, strict=True)])
+    return NarrowFFN(cast(fitted.weights, dtype), fitted.scale, fitted.in_scales)
 
 
 def _split(narrow: FFNWeights, scales: Sequence[float]) -> NarrowFFN:
-    """The same function with weights divided by scales, one a projection, that multiply what goes through instead."""
+    """The same function with a scale for each projection, and weights as much smaller."""
     *ins, out = scales
     weights = FFNWeights(
         tuple(w / t for w, t in zip(narrow.in_weights, ins, strict=True)),

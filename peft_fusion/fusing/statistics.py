@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .moments import move_shift
 from .precision import exact_products
 
 SAMPLE_TOKENS = 2048
@@ -91,10 +92,9 @@ class FFNStatistics:
             mean: tensor of shape (neurons,), near the mean of all tokens, the same on every rank.
         """
         shift = mean.to(self.shift)
-        change = shift.double() - self.shift.double()
-        between = (self.sum - change * (self.tokens / 2)).float()
+        change = shift.double() - self.shift
+        move_shift(self.product, (self.sum, self.sum), (change, change), self.tokens)
         self.sum -= change * self.tokens
-        self.product.addr_(between, change.float(), alpha=-1).addr_(change.float(), between, alpha=-1)
         self.shift = shift
 
     @property
@@ -105,14 +105,33 @@ class FFNStatistics:
     @property
     def covariance(self) -> Tensor:
         """E[(h - E h) (h - E h)^T] over the training tokens, shape (neurons, neurons); a new tensor."""
-        offset = self._offset.float()
-        return (self.product / max(self.tokens, 1)).addr_(offset, offset, alpha=-1)
+        return self._covariance(torch.float32)
 
     @property
     def second_moment(self) -> Tensor:
         """E[h h^T] over the training tokens, shape (neurons, neurons); a new tensor."""
-        mean = self.mean.float()
-        return self.covariance.addr_(mean, mean)
+        return self.second_moment_in(torch.float32)
+
+    def second_moment_in(self, dtype: torch.dtype) -> Tensor:
+        """The second moment in a dtype of at least float32; a new tensor, and nothing else of its size is made."""
+        mean = self.mean.to(dtype)
+        return self._covariance(dtype).addr_(mean, mean)
+
+    @property
+    def power(self) -> Tensor:
+        """E[h_i^2] of every neuron over the training tokens, float64 of shape (neurons,)."""
+        variance = self.product.diagonal().double() / max(self.tokens, 1) - self._offset.square()
+        return variance.clamp(min=0) + self.mean.square()
+
+    def covariance_rows(self, neurons: Tensor) -> Tensor:
+        """Rows of the covariance, shape (len(neurons), neurons), without making all of it."""
+        offset = self._offset.float()
+        rows = self.product.index_select(0, neurons) / max(self.tokens, 1)
+        return rows.addr_(offset[neurons], offset, alpha=-1)
+
+    def _covariance(self, dtype: torch.dtype) -> Tensor:
+        offset = self._offset.to(dtype)
+        return self.product.to(dtype, copy=True).div_(max(self.tokens, 1)).addr_(offset, offset, alpha=-1)
 
     @property
     def _offset(self) -> Tensor:
@@ -122,7 +141,11 @@ class FFNStatistics:
     @property
     def held_out(self) -> Tensor:
         """The sample of held-out inputs, shape (tokens, in_dim)."""
-        return torch.cat(self._held_out) if self._held_out else self.product.new_zeros(0, self.in_dim)
+        if not self._held_out:
+            return self.product.new_zeros(0, self.in_dim)
+        if len(self._held_out) > 1:  # once, so that there are not two copies of them
+            self._held_out = [torch.cat(self._held_out)]
+        return self._held_out[0]
 
     def cpu(self) -> FFNStatistics:
         """The same statistics in CPU memory."""

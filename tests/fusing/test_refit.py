@@ -10,12 +10,22 @@ from torch.nn.functional import gelu, silu
 
 from peft_fusion.fusing.activations import look_inside
 from peft_fusion.fusing.calibrated import fuse_calibrated
-from peft_fusion.fusing.refit import Moments, moments_of_kept, moments_of_sample, refit
+from peft_fusion.fusing.moments import Moments, MomentSums, SampleMoments
+from peft_fusion.fusing.refit import refit
 from peft_fusion.fusing.weights import FFNWeights, cast
 
 
-def kept_moments(hidden: Tensor, out_weight: Tensor, kept: Tensor) -> Moments:
-    return moments_of_kept(hidden.T.cov(correction=0), hidden.mean(0), out_weight, kept)
+def kept_moments(hidden: Tensor, out_weight: Tensor, kept: Tensor, bias: bool) -> Moments:
+    outputs = hidden @ out_weight
+    moments = moments_of(hidden[:, kept], outputs)
+    return moments if bias else moments.about_zero()
+
+
+def moments_of(hidden: Tensor, outputs: Tensor) -> SampleMoments:
+    sums = MomentSums(hidden.shape[1], outputs.shape[1], dtype=torch.float64)
+    for g, y in zip(hidden.split(300), outputs.split(300), strict=True):
+        sums.add(g, y)
+    return sums.moments()
 
 
 @pytest.mark.parametrize("bias", [False, True])
@@ -24,8 +34,8 @@ def test_the_refit_is_least_squares_where_nothing_is_shrunk(bias, monkeypatch):
     weights, x = make(gated=False, bias=True), draw(500, DIM, seed=5)
     hidden = look_inside(weights, gelu, x).hidden
     kept, y = torch.arange(0, WIDTH, 2), hidden @ weights.out_weight
-    moments = kept_moments(hidden, weights.out_weight, kept)
-    fit = refit(moments, weights.out_weight[kept], moments_of_sample(hidden[:, kept], y), with_bias=bias)
+    moments = kept_moments(hidden, weights.out_weight, kept, bias)
+    fit = refit(moments, weights.out_weight[kept], moments_of(hidden[:, kept], y))
     columns = hidden[:, kept]
     if bias:
         columns = torch.cat([columns, torch.ones_like(columns[:, :1])], dim=1)
@@ -43,7 +53,7 @@ def test_the_refit_is_where_the_slope_of_what_it_minimises_is_nothing(bias, monk
     hidden = look_inside(weights, gelu, x).hidden
     kept, y = torch.arange(0, WIDTH, 2), hidden @ weights.out_weight
     g, prior = hidden[:, kept], weights.out_weight[kept]
-    fit = refit(kept_moments(hidden, weights.out_weight, kept), prior, moments_of_sample(g, y), with_bias=bias)
+    fit = refit(kept_moments(hidden, weights.out_weight, kept, bias), prior, moments_of(g, y))
     residual = g @ fit.out_weight - y
     if bias:
         residual = residual + fit.bias_change
@@ -56,12 +66,12 @@ def test_the_refit_is_where_the_slope_of_what_it_minimises_is_nothing(bias, monk
 def test_the_error_by_moments_is_that_of_the_tokens():
     hidden, y, weight, shift = draw(700, 8, seed=1), draw(700, 5, seed=2) + 1, draw(8, 5, seed=3), draw(1, 5, seed=4)[0]
     for offset in (0.0, 1e4):
-        moments = moments_of_sample(hidden + offset, y)  # 700 tokens: more than one chunk
+        moments = moments_of(hidden + offset, y)  # 700 tokens: more than one chunk
         for bias in (None, shift):
             missed = (hidden + offset) @ weight + (0 if bias is None else bias) - y
             expected = float(missed.square().sum() / y.square().sum())
             assert moments.error(weight, bias) == pytest.approx(expected, rel=1e-9)
-    exact = moments_of_sample(hidden.float(), (hidden @ weight).float())
+    exact = moments_of(hidden.float(), (hidden @ weight).float())
     assert exact.error(weight) < 1e-12
 
 
@@ -70,10 +80,10 @@ def test_a_refit_that_does_harm_on_held_out_tokens_is_not_taken():
     x = draw(200, DIM, seed=6)
     hidden, kept = look_inside(weights, gelu, x).hidden, torch.arange(8)
     noise = draw(12, WIDTH, seed=7) * 5  # what was accumulated has nothing to do with what is held out
-    moments = kept_moments(noise, weights.out_weight, kept)
+    moments = kept_moments(noise, weights.out_weight, kept, bias=False)
     prior = torch.linalg.lstsq(hidden[:, kept], hidden @ weights.out_weight).solution
-    held_out = moments_of_sample(hidden[:, kept], hidden @ weights.out_weight)
-    fit = refit(moments, prior, held_out, with_bias=False)
+    held_out = moments_of(hidden[:, kept], hidden @ weights.out_weight)
+    fit = refit(moments, prior, held_out)
     assert fit.strength == float("inf")
     torch.testing.assert_close(fit.out_weight, prior)
 
@@ -82,14 +92,20 @@ def test_a_strength_whose_equations_cannot_be_solved_is_left_out(monkeypatch):
     weights, x = make(gated=False), draw(200, DIM, seed=6)
     hidden, kept = look_inside(weights, gelu, x).hidden, torch.arange(8)
     arguments = (
-        kept_moments(hidden, weights.out_weight, kept),
+        kept_moments(hidden, weights.out_weight, kept, bias=True),
         weights.out_weight[kept],
-        moments_of_sample(hidden[:, kept], hidden @ weights.out_weight),
+        moments_of(hidden[:, kept], hidden @ weights.out_weight),
     )
-    assert refit(*arguments, with_bias=True).strength == 0.003
+    assert refit(*arguments).strength == 0.003
     solve = torch.linalg.cholesky_ex
-    monkeypatch.setattr(torch.linalg, "cholesky_ex", lambda m: (solve(m)[0], torch.tensor(int(m[0, 0] < 1.02))))
-    assert refit(*arguments, with_bias=True).strength == 0.03
+
+    def solved(matrix, *, out):
+        weak = bool(matrix[0, 0] < 1.02)
+        solve(matrix, out=out)
+        out[1].fill_(int(weak))
+
+    monkeypatch.setattr(torch.linalg, "cholesky_ex", solved)
+    assert refit(*arguments).strength == 0.03
 
 
 def odd(weights: FFNWeights, activation, kind: str) -> FFNWeights:
@@ -144,7 +160,7 @@ def test_a_neurons_size_does_not_matter_to_the_others(size):
         scaled[:, 2] *= factor
         out[2] /= factor
         g = scaled[:, kept]
-        fit = refit(kept_moments(scaled, out, kept), out[kept], moments_of_sample(g, scaled @ out), with_bias=True)
+        fit = refit(kept_moments(scaled, out, kept, bias=True), out[kept], moments_of(g, scaled @ out))
         fit.out_weight[1] *= factor
         found.append(fit.out_weight)
     torch.testing.assert_close(found[1], found[0], rtol=1e-5, atol=1e-6)

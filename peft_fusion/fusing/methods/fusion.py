@@ -50,10 +50,27 @@ def fuse(
     balanced = weights if factor is None else rescale(weights, factor, homogeneity or 1)
     gram = gram_matrix(balanced.blocks())
     clustering = kernel_kmeans(gram, width, n_init=n_init, max_iter=max_iter, seed=seed)
-    centroids = average(balanced, clustering)
-    if factor is not None:
-        centroids = rescale(centroids, 1 / typical_factor(factor, clustering), homogeneity or 1)
-    return NarrowFFN(cast(centroids, weights.out_weight.dtype), clustering.counts.float())
+    narrow = centroids(weights, clustering, homogeneity)
+    return NarrowFFN(cast(narrow.weights, weights.out_weight.dtype), narrow.scale)
+
+
+def centroids(weights: FFNWeights, clustering: Clustering, homogeneity: int | None = None) -> NarrowFFN:
+    """The narrow FFN in which every neuron is replaced by its cluster's mean, in balanced coordinates.
+
+    Args:
+        weights: the FFN's weights.
+        clustering: of its neurons.
+        homogeneity: for a plain FFN, its activation's degree of homogeneity (1 for ReLU); None if it has none.
+
+    Returns:
+        The centroids, with their cluster's typical size and, as scale, the clusters' sizes.
+    """
+    factor = balancing_factors(weights, homogeneity)
+    if factor is None:
+        return NarrowFFN(average(weights, clustering), clustering.counts.float())
+    means = average(rescale(weights, factor, homogeneity or 1), clustering)
+    typical = rescale(means, 1 / typical_factor(factor, clustering), homogeneity or 1)
+    return NarrowFFN(typical, clustering.counts.float())
 
 
 def average(weights: FFNWeights, clustering: Clustering) -> FFNWeights:
