@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
 
-from ..ffn import FFN, capture, device_of
+from ..ffn import FFN, capture, device_of, find_activation, read_ffn
+from ..fusing.centroids import CentroidMoments
+from ..fusing.moments import MomentSums
 from ..fusing.statistics import SAMPLE_TOKENS, FFNStatistics
+from ..fusing.weights import NarrowFFN
 from ..observe import ranks
 from ..observe.batches import Batch, Positions, batch_size, unlabelled
 from ..observe.networks import Network, UnusableActivations
@@ -46,6 +49,32 @@ def collect(network: Network, inputs: Inputs) -> dict[str, FFNStatistics]:
                 "out): check `attention_mask`, or leave the FFN out."
             )
     return statistics
+
+
+def collect_centroids(
+    network: Network, centroids: Mapping[str, NarrowFFN], inputs: Inputs
+) -> dict[str, CentroidMoments]:
+    """What centroids do on the training tokens of all ranks: a second pass, for their refit.
+
+    Args:
+        network: the original model in eval mode, and its FFNs.
+        centroids: FFN name -> its centroids, before any refit.
+        inputs: as for `collect`.
+
+    Returns:
+        FFN name -> the moments of its centroids' hidden activations.
+    """
+    moments = {
+        ffn.name: CentroidMoments(read_ffn(ffn), centroids[ffn.name], find_activation(ffn)) for ffn in network.ffns
+    }
+
+    def add(name: str, x: Tensor, training: Tensor, held_out: Tensor) -> None:
+        moments[name].add_inputs(x[training])
+
+    ranks.together(lambda: run_over(network, inputs, "Refitting centroids", inputs_listener=add))
+    for found in moments.values():
+        _add_up_moments(found)
+    return moments
 
 
 TokenListener = Callable[[str, Tensor, Tensor, Tensor], None]
@@ -111,3 +140,16 @@ def _add_up(statistics: FFNStatistics) -> None:
     statistics.sum = ranks.sum_over_ranks(statistics.sum)
     statistics.tokens = int(tokens)
     statistics.replace_held_out(ranks.joined_over_ranks(statistics.held_out))
+
+
+def _add_up_moments(moments: MomentSums) -> None:
+    """Makes the moments of one rank those of all."""
+    if ranks.world() == 1:
+        return
+    tokens = ranks.sum_over_ranks(torch.tensor(moments.tokens))
+    own = moments.moments()
+    means = (ranks.sum_over_ranks(mean * moments.tokens) / tokens.clamp(min=1) for mean in (own.mean, own.mean_out))
+    moments.reshift(*means)
+    for name in ("gram", "cross", "sum", "sum_out", "power"):
+        setattr(moments, name, ranks.sum_over_ranks(getattr(moments, name)))
+    moments.tokens = int(tokens)

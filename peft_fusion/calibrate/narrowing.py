@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
+from typing import Any
 
 from torch import Tensor
 
 from ..ffn import check_finite, find_activation, read_ffn
-from ..fusing.calibrated import fuse_calibrated
+from ..fusing.calibrated import cluster_centroids, fuse_calibrated
+from ..fusing.centroids import CentroidMoments
 from ..fusing.recipe import Recipe
 from ..fusing.settle import settle
 from ..fusing.statistics import FFNStatistics
@@ -19,7 +21,7 @@ from ..observe.gradients import NoGradients
 from ..observe.networks import Network
 from ..tuner.build import whole
 from ..tuner.plan import PlannedFFN
-from .collect import collect
+from .collect import collect, collect_centroids
 from .inputs import Inputs
 from .scales import fit_scales_of
 from .share import share_results
@@ -61,22 +63,34 @@ class Narrowing:
     def _narrowed(self, group: list[PlannedFFN]) -> dict[str, NarrowFFN]:
         """The narrow FFNs of a group, with scales that need no gradients; its statistics are freed one by one."""
         fishers = self._fisher(group)
-        statistics = collect(self.network.of([p.ffn for p in group]), self.inputs)
+        network = self.network.of([p.ffn for p in group])
+        statistics = collect(network, self.inputs)
         for name, fisher in fishers.items():
             statistics[name].fisher = fisher
-
-        own = {p.ffn.name: statistics[p.ffn.name] for p in ranks.own(group)}
-        del statistics  # another rank's
+        own = {p.ffn.name: statistics.pop(p.ffn.name) for p in ranks.own(group)}
+        statistics.clear()  # another rank's
+        centroids = self._centroids(group, network, own)
 
         def fuse(p: PlannedFFN) -> NarrowFFN:
-            return self._fused(p, own.pop(p.ffn.name))
+            return fuse_calibrated(*self._known(p, own.pop(p.ffn.name)), centroids.pop(p.ffn.name, None))
 
         return share_results(group, fuse, "Fusing FFNs")
 
-    def _fused(self, p: PlannedFFN, statistics: FFNStatistics) -> NarrowFFN:
-        return fuse_calibrated(
-            read_ffn(p.ffn), p.width, statistics, find_activation(p.ffn), self.recipe, p.ffn.homogeneity
-        )
+    def _centroids(
+        self, group: list[PlannedFFN], network: Network, statistics: dict[str, FFNStatistics]
+    ) -> dict[str, CentroidMoments]:
+        """What a group's centroids do on all training tokens, if the recipe refits centroids."""
+        if self.recipe.representative != "centroid" or self.recipe.refit == "none":
+            return {}
+
+        def cluster(p: PlannedFFN) -> NarrowFFN:
+            return cluster_centroids(*self._known(p, statistics[p.ffn.name]))
+
+        return collect_centroids(network, share_results(group, cluster, "Clustering"), self.inputs)
+
+    def _known(self, p: PlannedFFN, statistics: FFNStatistics) -> tuple[Any, ...]:
+        """What `fuse_calibrated` and `cluster_centroids` take."""
+        return read_ffn(p.ffn), p.width, statistics, find_activation(p.ffn), self.recipe, p.ffn.homogeneity
 
     def _fisher(self, group: list[PlannedFFN]) -> dict[str, Tensor]:
         """The group's Fisher information, if the recipe looks at it.

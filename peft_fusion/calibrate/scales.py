@@ -132,13 +132,12 @@ def _in_place(network: Network, narrow: Mapping[str, NarrowFFN]) -> Iterator[Non
     """Every narrow FFN puts out what it does in the place of the original one."""
     inputs: dict[str, Tensor] = {}
     ffns: dict[str, FFN] = {ffn.name: ffn for ffn in network.ffns}
-    folded = {name: narrow[name].folded() for name in ffns}
 
     def note(name: str, x: Tensor) -> None:
         inputs[name] = x
 
     def replace(name: str, output: Tensor) -> Tensor:
-        return run(folded[name], find_activation(ffns[name]), inputs.pop(name)).to(output.dtype)
+        return run(narrow[name], find_activation(ffns[name]), inputs.pop(name)).to(output.dtype)
 
     with capture(network.ffns, inputs=note, outputs=replace):
         yield

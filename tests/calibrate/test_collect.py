@@ -7,11 +7,15 @@ import torch
 from architectures import ARCHITECTURES, BY_NAME, Architecture
 from torch import Tensor, nn
 
-from peft_fusion.calibrate.collect import collect
+from peft_fusion import FusionConfig
+from peft_fusion.calibrate.collect import collect, collect_centroids
 from peft_fusion.calibrate.inputs import Inputs
-from peft_fusion.ffn import find_ffns
+from peft_fusion.ffn import find_activation, find_ffns, read_ffn
+from peft_fusion.fusing.calibrated import cluster_centroids
+from peft_fusion.fusing.settle import settle
 from peft_fusion.fusing.statistics import SAMPLE_TOKENS, FFNStatistics
 from peft_fusion.observe.networks import Network
+from peft_fusion.tuner.recipe import asked_recipe
 
 Batch = dict[str, Tensor]
 
@@ -114,3 +118,36 @@ def test_tokens_that_are_all_padding():
     bert = BY_NAME["bert"]
     with pytest.raises(ValueError, match="No token went through the FFN 'bert.encoder.layer.0'"):
         collected(bert.make(), [{**bert.batch(size=4), "attention_mask": torch.zeros(4, 7)}])
+
+
+def test_centroids_are_refitted_to_all_training_tokens():
+    """The out-projection against ridge regression written out, on the tokens that are not held out."""
+    bert = BY_NAME["bert"]
+    data = batches(bert, count=6)
+    model, config = bert.make(), FusionConfig(ratio=0.5, representative="centroid", kernel="outputs", scale="none")
+    network = Network(model, find_ffns(model), fused=False)
+    with network.running():
+        statistics = collect(network, Inputs(data, "data"))
+        recipe = settle(asked_recipe(config), "data")
+        ffn = network.ffns[0]
+        known = (read_ffn(ffn), 32, statistics[ffn.name], find_activation(ffn), recipe)
+        centroids = {f.name: cluster_centroids(read_ffn(f), 32, statistics[f.name], *known[3:]) for f in network.ffns}
+        moments = collect_centroids(network, centroids, Inputs(data, "data"))[ffn.name].moments()
+    inputs = torch.cat([_inputs(model, batch).view(4, 7, 32)[:3].flatten(0, 1) for batch in data])
+    act, narrow = find_activation(ffn), centroids[ffn.name]
+    g = act(inputs @ narrow.weights.in_weights[0].T + narrow.weights.in_biases[0]) * narrow.scale
+    weights = read_ffn(ffn)
+    y = act(inputs @ weights.in_weights[0].T + weights.in_biases[0]) @ weights.out_weight
+    both = torch.cov(torch.cat([g, y], dim=1).double().T, correction=0)
+    torch.testing.assert_close(moments.gram, both[:32, :32], rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(moments.cross, both[:32, 32:], rtol=1e-4, atol=1e-6)
+
+
+def _inputs(model: nn.Module, batch: Batch) -> Tensor:
+    """What goes into the first FFN."""
+    kept = []
+    handle = find_ffns(model)[0].projections[0].register_forward_pre_hook(lambda module, args: kept.append(args[0]))
+    with torch.no_grad():
+        model(**batch)
+    handle.remove()
+    return kept[0]
