@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
-from typing import Any
 
 from torch import Tensor
 
 from ..ffn import check_finite, find_activation, read_ffn
+from ..fusing.activations import Activation
 from ..fusing.calibrated import cluster_centroids, fuse_calibrated
 from ..fusing.centroids import CentroidMoments
 from ..fusing.recipe import Recipe
 from ..fusing.settle import settle
 from ..fusing.statistics import FFNStatistics
-from ..fusing.weights import NarrowFFN
+from ..fusing.weights import FFNWeights, NarrowFFN
 from ..observe import ranks
 from ..observe.fisher import fisher_information
 from ..observe.gradients import NoGradients
@@ -25,6 +25,9 @@ from .collect import collect, collect_centroids
 from .inputs import Inputs
 from .scales import fit_scales_of
 from .share import share_results
+
+Known = tuple[FFNWeights, int, FFNStatistics, Activation, Recipe, int | None]
+"""What making a narrow FFN, or its centroids, takes."""
 
 
 class Narrowing:
@@ -88,8 +91,7 @@ class Narrowing:
 
         return collect_centroids(network, share_results(group, cluster, "Clustering"), self.inputs)
 
-    def _known(self, p: PlannedFFN, statistics: FFNStatistics) -> tuple[Any, ...]:
-        """What `fuse_calibrated` and `cluster_centroids` take."""
+    def _known(self, p: PlannedFFN, statistics: FFNStatistics) -> Known:
         return read_ffn(p.ffn), p.width, statistics, find_activation(p.ffn), self.recipe, p.ffn.homogeneity
 
     def _fisher(self, group: list[PlannedFFN]) -> dict[str, Tensor]:
