@@ -18,6 +18,7 @@ from .known import KnownFFN
 from .methods.fusion import centroids
 from .metric import in_metric
 from .moments import Moments, MomentSums, SampleMoments
+from .precision import exact_products
 from .recipe import Recipe
 from .refit import refit, with_fit
 from .weights import FFNWeights, NarrowFFN, cast
@@ -72,10 +73,11 @@ class CentroidMoments(MomentSums):
         """
         if not bool(torch.isfinite(inputs).all()):
             raise ValueError("the inputs hold NaN or infinite values")
-        for x in inputs.to(self.gram.device).split(CHUNK):
-            hidden = hidden_activations(self._weights, self._activation, x)
-            own = hidden_activations(self.narrow.weights, self._activation, x) * self.narrow.scale
-            self.add(own, hidden @ self._weights.out_weight.to(hidden))
+        with exact_products(self.gram.device):
+            for x in inputs.to(self.gram.device).split(CHUNK):
+                hidden = hidden_activations(self._weights, self._activation, x)
+                own = hidden_activations(self.narrow.weights, self._activation, x) * self.narrow.scale
+                self.add(own, hidden @ self._weights.out_weight.to(hidden))
 
 
 def refit_to(

@@ -5,9 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
-from peft_fusion.fusing.precision import exact_products
 from peft_fusion.fusing.statistics import SAMPLE_TOKENS, FFNStatistics
 
 WIDTH = 12
@@ -108,57 +106,3 @@ def test_what_is_not_finite_is_refused_and_nothing_is_added(value):
     with pytest.raises(ValueError, match="inputs hold NaN or infinite values"):
         statistics.hold_out(bad[:, 3:6])
     assert torch.equal(statistics.product, product) and (statistics.tokens, statistics.held_out_tokens) == (10, 0)
-
-
-MATMUL = torch.backends.cuda.matmul
-SWITCH, ON = ("fp32_precision", "tf32") if hasattr(MATMUL, "fp32_precision") else ("allow_tf32", True)
-
-
-def allowed() -> bool:
-    return getattr(MATMUL, SWITCH) == ON
-
-
-@pytest.fixture(params=sorted({"allow_tf32", SWITCH}))
-def tf32(request):
-    """TF32 switched on by either of torch's switches, as users do for speed."""
-    before = getattr(MATMUL, SWITCH)
-    setattr(MATMUL, request.param, ON if request.param == SWITCH else True)
-    assert allowed()
-    yield
-    setattr(MATMUL, SWITCH, before)
-
-
-class Watch(TorchDispatchMode):
-    """Notes whether TF32 was allowed in each product."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.allowed: list[bool] = []
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        if "mm" in function.__name__:
-            self.allowed.append(allowed())
-        return function(*args, **(kwargs or {}))
-
-
-def test_tf32_is_off_in_the_products_and_on_again_afterwards(tf32):
-    statistics, hidden = FFNStatistics(WIDTH, 3), correlated(10, 0.0)
-    with Watch() as watch:
-        statistics.add(hidden)
-    assert watch.allowed == [False] and allowed()
-
-
-def test_tf32_is_on_again_after_an_error(tf32):
-    with pytest.raises(KeyError), exact_products(torch.device("cpu")):
-        assert not allowed()
-        raise KeyError
-    assert allowed()
-
-
-def test_autocast_is_off_in_exact_products():
-    a = correlated(8, 0.0)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert (a @ a.T).dtype == torch.bfloat16
-        with exact_products(a.device):
-            assert (a @ a.T).dtype == torch.float32
-        assert (a @ a.T).dtype == torch.bfloat16
