@@ -170,11 +170,14 @@ class FusionLayer(nn.Module, BaseTunerLayer):
         return self.base_layer
 
     @property
-    def active_narrow(self) -> NarrowProjection | None:
-        """The narrow projection of the active adapter, whether it is merged or disabled or not; None without one."""
+    def active_narrow(self) -> nn.Module | None:
+        """The narrow projection of the active adapter, whether it is merged or disabled or not; None without one.
+
+        FSDP may have wrapped it.
+        """
         for name in self.active_adapters:  # type: ignore[union-attr]
             if name in self.mlp_fusion_narrow:
-                return self._narrow(name)
+                return self.mlp_fusion_narrow[name]
         return None
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:

@@ -46,7 +46,7 @@ def test_nothing_of_the_model_changes(architecture, unchanged):
     model, config = architecture.make().train(), FusionConfig(ratio=0.5)
     check, state = unchanged(model), torch.get_rng_state()
     calibrate(model, config, batches(architecture))
-    check()
+    check(calibrated=True)
     assert torch.equal(torch.get_rng_state(), state)
     assert all(not m._forward_hooks and not m._forward_pre_hooks for m in model.modules())
     assert len(made(model).narrow) == architecture.ffns
@@ -104,7 +104,7 @@ def test_without_data(architecture, unchanged):
     model, config = architecture.make(), FusionConfig(ratio=0.5)
     check, state = unchanged(model), torch.get_rng_state()
     calibrate(model, config, sequences=8, length=8)
-    check()
+    check(calibrated=True)
     assert torch.equal(torch.get_rng_state(), state)
     again = architecture.make()
     calibrate(again, config, sequences=8, length=8)
@@ -298,13 +298,13 @@ def test_a_model_without_gradients_is_fused_without_them(training, unchanged):
     check = unchanged(model)
     with pytest.warns(UserWarning, match="No gradients could be taken through Bert") as warned:
         calibrate(model, FusionConfig(ratio=0.5), batches(BERT))
-    check()
+    check(calibrated=True)
     told = " ".join(str(w.message) for w in warned)
     assert "errors of its FFNs' outputs all count alike" in told and "are estimated without them" in told
     assert made(model).recipe.kernel == "outputs"
     with pytest.raises(ValueError, match=r'`kernel="fisher"` needs gradients'):
         calibrate(model, FusionConfig(ratio=0.5, kernel="fisher"), batches(BERT))
-    check()
+    check(calibrated=True)
     config = FusionConfig(ratio=0.5)
     get_peft_model(model, config)
     assert config.fused_by["kernel"] == "outputs"
@@ -340,7 +340,7 @@ def test_a_model_in_half_precision(dtype, unchanged):
     model.bert.embeddings.requires_grad_(False)
     check = unchanged(model)
     calibrate(model, config, batches(BERT))
-    check()
+    check(calibrated=True)
     assert all(parameter.grad is None for parameter in model.parameters())
     fused = get_peft_model(model, config)
     assert fidelity(fused, batches(BERT)).ntk.adam.relative < 1

@@ -61,7 +61,7 @@ def test_the_model_is_as_it_was_also_after_an_error(disabled, failing, unchanged
 def test_the_model_is_as_it_was_after_a_batch_it_does_not_take(unchanged):
     model = fused_model().train()
     check = unchanged(model)
-    with pytest.raises(ValueError, match="Bert.* does not take a batch with the keys .'wrong'.: .*input_ids"):
+    with pytest.raises(ValueError, match="Bert.* cannot take a batch with .'wrong'.: .*input_ids"):
         fidelity(model, [BERT.batch(), {"wrong": torch.ones(2, 3)}])
     check()
 
@@ -116,7 +116,7 @@ def test_refuses_a_dataloader_that_yields_nothing(data):
 
 @pytest.mark.parametrize("batch", [torch.ones(2, 3), (torch.ones(2),), {"text": ["a", "b"]}])
 def test_refuses_batches_that_are_not_mappings_of_tensors(batch):
-    with pytest.raises(ValueError, match=f"mapping of argument names to tensors.* {type(batch).__name__}"):
+    with pytest.raises(ValueError, match="mapping of argument names to tensors, .* but got "):
         fidelity(fused_model(), [batch])
 
 

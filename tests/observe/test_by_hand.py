@@ -11,7 +11,7 @@ from torch.autograd.functional import jacobian
 
 from peft_fusion.ffn import find_ffns
 from peft_fusion.observe.fisher import fisher_information
-from peft_fusion.observe.gradients import MAGNIFIED, gradients_of_sequence
+from peft_fusion.observe.gradients import gradients_of_sequence
 from peft_fusion.observe.networks import Network
 from peft_fusion.observe.projection import random_projection
 
@@ -112,13 +112,13 @@ def test_inputs_and_gradients_are_those_of_the_formula(speaks):
         output = side(sequence)
         return ((output.logits if speaks else output.last_hidden_state)[0] * weights).sum()
 
-    found = gradients_of_sequence(side, batch(ids), function)
+    found = gradients_of_sequence(side, batch(ids), function, 8.0)
     for index, ffn in enumerate(side.ffns):
         _, j = derivatives(model, ids, index)
         inputs: list[Tensor] = []
         by_hand(model, ids, index, torch.zeros(DIM), inputs)
         torch.testing.assert_close(found[ffn.name][0], inputs[0])
-        torch.testing.assert_close(found[ffn.name][1] / MAGNIFIED, torch.einsum("tcsd,tc->sd", j, weights))
+        torch.testing.assert_close(found[ffn.name][1] / 8.0, torch.einsum("tcsd,tc->sd", j, weights))
 
 
 def test_padding_gives_no_gradient_and_changes_none():
@@ -129,7 +129,7 @@ def test_padding_gives_no_gradient_and_changes_none():
     mask = torch.tensor([[1] * len(ids) + [0] * 3])
     padded = {"input_ids": torch.tensor([[*ids, 0, 0, 0]]), "attention_mask": mask}
     evaluate = lambda sequence: function(side(sequence), sequence)  # noqa: E731
-    plain, found = (gradients_of_sequence(side, sequence, evaluate) for sequence in (batch(ids), padded))
+    plain, found = (gradients_of_sequence(side, sequence, evaluate, 1.0) for sequence in (batch(ids), padded))
     for name, (x, gradients) in plain.items():
         assert len(gradients) == len(ids)
         torch.testing.assert_close(found[name], (x, gradients))
