@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import nn
 from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import WeightRenaming, apply_renamings
+from transformers.core_model_loading import WeightRenaming
 
 from .config import FusionConfig
 from .state import check_fits, unfilled
@@ -122,6 +122,8 @@ def _renamed_by_transformers(model: nn.Module, conversions: Any) -> Callable[[st
 
     def rename(name: str) -> str:
         module = name.partition(MARK)[0] if MARK in name else name.rpartition(".")[0]
-        return name if module in modules else str(apply_renamings(name, renamings))
+        for renaming in renamings if module not in modules else ():
+            name, _ = renaming.rename_source_key(name)
+        return name
 
     return rename

@@ -9,9 +9,11 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from architectures import BY_NAME, Architecture
 from helpers import half, logits, train
 from huggingface_hub import hf_hub_download
+from packaging import version
 from peft import (
     PeftConfig,
     PeftMixedModel,
@@ -384,8 +386,9 @@ def test_subfolders_and_folders_without_weights(tmp_path, unchanged):
     model.save_pretrained(tmp_path / "sub")
     loaded = PeftModel.from_pretrained(LLAMA.make(), tmp_path, subfolder="sub")
     assert torch.equal(logits(loaded, LLAMA), logits(model, LLAMA))
-    own = native(tmp_path, adapter_kwargs={"subfolder": "sub"}, use_safetensors=None)
-    assert torch.equal(logits(own, LLAMA), logits(model, LLAMA))
+    if version.parse(transformers.__version__) >= version.parse("5.23"):  # 5.19 looks for weights in the folder itself
+        own = native(tmp_path, adapter_kwargs={"subfolder": "sub"}, use_safetensors=None)
+        assert torch.equal(logits(own, LLAMA), logits(model, LLAMA))
     (tmp_path / "sub" / "adapter_model.safetensors").unlink()
     fresh = LLAMA.make()
     check = unchanged(fresh)
