@@ -6,42 +6,16 @@ import itertools
 
 import pytest
 import torch
-from hypothesis import given, settings
+from by_hand import few, inertia, partition, problems, product, random_labels, rows_of
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from peft_fusion.fusing.cluster import kmeans
 from peft_fusion.fusing.cluster.gram import gram_matrix
 from peft_fusion.fusing.cluster.kmeans import Clustering, cluster_means, kernel_kmeans, lloyd
 from peft_fusion.fusing.cluster.local_search import Partition, refine
-from peft_fusion.fusing.cluster.reductions import cheapest
 from peft_fusion.fusing.cluster.seeding import kmeans_plus_plus, ward
-
-few = settings(max_examples=40, deadline=None, derandomize=True)
-
-
-def rows_of(n: int, d: int, seed: int = 0) -> Tensor:
-    """Rows of very different norms around a few directions, like those of an FFN."""
-    generator = torch.Generator().manual_seed(seed)
-
-    def normal(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=generator, dtype=torch.float64)
-
-    centres = normal(max(2, n // 5), d)
-    picked = centres[torch.randint(len(centres), (n,), generator=generator)]
-    return (picked + 0.7 * normal(n, d)) * normal(n, 1).exp()
-
-
-def product(rows: Tensor) -> Tensor:
-    return rows @ rows.T
-
-
-def inertia(rows: Tensor, labels: Tensor) -> float:
-    clusters = (rows[labels == label] for label in labels.unique())
-    return float(sum((members - members.mean(0)).square().sum() for members in clusters))
-
-
-def partition(labels: Tensor) -> set[frozenset[int]]:
-    return {frozenset((labels == label).nonzero().flatten().tolist()) for label in labels.unique()}
 
 
 def check(clustering: Clustering, n: int, c: int) -> None:
@@ -52,13 +26,6 @@ def check(clustering: Clustering, n: int, c: int) -> None:
     first = [clustering.labels.tolist().index(label) for label in range(c)]
     assert first == sorted(first)
     assert 0 <= clustering.inertia < float("inf")
-
-
-@st.composite
-def problems(draw: st.DrawFn, largest: int = 60) -> tuple[Tensor, int]:
-    n = draw(st.integers(1, largest))
-    rows = rows_of(n, draw(st.integers(1, 12)), seed=draw(st.integers(0, 2**31)))
-    return rows, draw(st.integers(1, n))
 
 
 # ------------------------------------------------------------------------------------------------ on real-valued rows
@@ -76,18 +43,29 @@ def test_inertia_is_that_of_the_rows(problem: tuple[Tensor, int]) -> None:
 
 
 @few
-@given(problems(), st.integers(0, 1000))
-def test_lloyd_gives_the_labels_of_lloyd_on_the_rows(problem: tuple[Tensor, int], seed: int) -> None:
+@given(problems(), st.integers(0, 1000), st.integers(0, 6))
+def test_lloyd_gives_the_labels_of_lloyd_on_the_rows(problem: tuple[Tensor, int], seed: int, iterations: int) -> None:
     rows, c = problem
-    start = kmeans_plus_plus(product(rows), c, torch.Generator().manual_seed(seed))
+    start = random_labels(len(rows), c, seed)
     labels = start
-    for _ in range(5):
+    for _ in range(iterations):
         means = torch.stack([rows[labels == label].mean(0) for label in range(c)])
         moved = torch.cdist(rows, means, compute_mode="donot_use_mm_for_euclid_dist").argmin(1)
         if len(moved.unique()) < c:  # Lloyd on the rows has no answer
             return
         labels = moved
-    assert torch.equal(lloyd(product(rows), start, c, 5), labels)
+    assert torch.equal(lloyd(product(rows), start, c, iterations), labels)
+
+
+def test_lloyd_takes_as_many_iterations_as_allowed() -> None:
+    gram, start = product(rows_of(300, 3)), random_labels(300, 10, seed=0)
+    one_by_one = [start]
+    while len(one_by_one) < 3 or not torch.equal(one_by_one[-1], one_by_one[-2]):
+        one_by_one.append(lloyd(gram, one_by_one[-1], 10, 1))
+    assert len(one_by_one) > 8
+    for iterations, labels in enumerate(one_by_one):
+        assert torch.equal(lloyd(gram, start, 10, iterations), labels)
+    assert torch.equal(lloyd(gram, start, 10, 1000), one_by_one[-1])
 
 
 def test_lloyd_never_empties_a_cluster() -> None:
@@ -198,6 +176,52 @@ def test_more_sweeps_never_do_worse() -> None:
     assert inertias == sorted(inertias, reverse=True) and inertias[0] > inertias[-1]
 
 
+@pytest.mark.parametrize("max_iter", [0, 1, 2, 7])
+@pytest.mark.parametrize("seed", range(4))
+def test_every_start_is_another_and_the_best_is_kept(monkeypatch, max_iter: int, seed: int) -> None:
+    """The first is Ward's; all are allowed as many iterations and sweeps."""
+    rows, c, starts, ends = rows_of(70, 6, seed=seed), 15, [], []
+
+    def drawn(gram: Tensor, labels: Tensor, n_clusters: int, most: int) -> Tensor:
+        assert most == max_iter
+        starts.append(labels)
+        return lloyd(gram, labels, n_clusters, most)
+
+    def refined(gram: Tensor, labels: Tensor, n_clusters: int, most: int) -> Tensor:
+        assert most == max_iter
+        expected = lloyd(gram, starts[-1], c, most) if starts else ward(gram, c)
+        assert torch.equal(labels, expected)
+        ends.append(refine(gram, labels, n_clusters, most))
+        return ends[-1]
+
+    monkeypatch.setattr(kmeans, "lloyd", drawn)
+    monkeypatch.setattr(kmeans, "refine", refined)
+    found = kernel_kmeans(product(rows), c, n_init=5, max_iter=max_iter, seed=seed)
+    expected = torch.Generator().manual_seed(seed)
+    assert len(ends) == 5 and len({tuple(labels.tolist()) for labels in starts}) == 4
+    assert all(torch.equal(labels, kmeans_plus_plus(product(rows), c, expected)) for labels in starts)
+    inertias = [inertia(rows, labels) for labels in ends]
+    assert found.inertia == pytest.approx(min(inertias), rel=1e-9)
+    assert partition(found.labels) == partition(ends[inertias.index(min(inertias))])
+
+
+def test_inertia_is_summed_in_double_precision() -> None:
+    """Of large rows in tight clusters little is left of what float32 sums."""
+    rows = (1000 * rows_of(4, 30).repeat(50, 1) + rows_of(200, 30, seed=1)).float()
+    gram = gram_matrix([rows])
+    found = kernel_kmeans(gram, 4)
+    blocks = [gram.double()[found.labels == label][:, found.labels == label] for label in range(4)]
+    expected = sum(float(block.diagonal().sum() - block.sum() / len(block)) for block in blocks)
+    assert found.inertia == pytest.approx(expected, rel=1e-2)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_gram_matrix_in_half_precision_is_clustered_in_float32(dtype: torch.dtype) -> None:
+    gram = product(rows_of(40, 6) / 10).to(dtype)
+    found, expected = kernel_kmeans(gram, 9), kernel_kmeans(gram.float(), 9)
+    assert torch.equal(found.labels, expected.labels) and found.inertia == expected.inertia
+
+
 # --------------------------------------------------------------------------------------------- duplicates and extremes
 
 
@@ -301,15 +325,6 @@ def test_leaves_the_gram_matrix_alone() -> None:
 
 
 # ----------------------------------------------------------------------------------------------------------- the parts
-
-
-@few
-@given(st.integers(1, 200), st.integers(1, 9), st.integers(0, 1000))
-def test_cheapest_is_the_first_minimum(c: int, n: int, seed: int) -> None:
-    costs = torch.randint(0, 6, (c, n), generator=torch.Generator().manual_seed(seed)).float()
-    for value, index in (cheapest(costs, 0), cheapest(costs.T.contiguous(), 1)):
-        assert value.tolist() == [min(column) for column in costs.T.tolist()]
-        assert index.tolist() == [column.index(min(column)) for column in costs.T.tolist()]
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])

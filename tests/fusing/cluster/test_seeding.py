@@ -1,0 +1,206 @@
+"""Agglomeration and k-means++ against the same algorithms by loops over the rows."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from by_hand import few, means, partition, problems, product, rows_of
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from peft_fusion.fusing.cluster import seeding
+from peft_fusion.fusing.cluster.seeding import _Forest, _merge_duplicates, _split, kmeans_plus_plus, ward
+
+
+def forget_tiles(monkeypatch: pytest.MonkeyPatch, rows: int) -> None:
+    """Has the work done so few rows at a time that small inputs take several turns."""
+    monkeypatch.setattr(seeding, "_tile", lambda gram: rows)
+
+
+# --------------------------------------------------------------------------------------------------------- duplicates
+
+
+def by_equality(rows: Tensor) -> list[int]:
+    """The number of each row's kind, in the order of the kinds' first rows."""
+    kinds: list[list[float]] = []
+    for row in rows.tolist():
+        if row not in kinds:
+            kinds.append(row)
+    return [kinds.index(row) for row in rows.tolist()]
+
+
+@pytest.mark.parametrize("tile", [1, 3, 1000])
+def test_equal_rows_share_a_label(tile, monkeypatch):
+    forget_tiles(monkeypatch, tile)
+    for seed in range(20):
+        generator = torch.Generator().manual_seed(seed)
+        rows = rows_of(8, 5, seed=seed)[torch.randint(8, (17,), generator=generator)]
+        for gram in (product(rows), product(rows).float()):
+            assert _merge_duplicates(gram).tolist() == by_equality(rows)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_duplicates_are_told_from_near_ones_by_rounding_alone(dtype):
+    """Of rows that differ in the last bits the Gram matrix tells nothing; a thousand times that, it does."""
+    eps = torch.finfo(dtype).eps
+    row = rows_of(1, 40)
+    for difference, kinds in ((0.5 * eps, 1), (1000 * eps**0.5, 2)):
+        rows = torch.cat([row, row * (1 + difference), -row])
+        assert len(_merge_duplicates(product(rows.to(dtype))).unique()) == kinds + 1
+
+
+@pytest.mark.parametrize("tile", [1, 2, 1000])
+def test_a_chain_of_equal_rows_has_one_label(tile, monkeypatch):
+    """Rounding may make 2 equal to 1 and 1 to 0, but not 2 to 0."""
+    forget_tiles(monkeypatch, tile)
+    gram = 1.0 - torch.tensor([[0, 1, 4, 50], [1, 0, 1, 50], [4, 1, 0, 50], [50, 50, 50, 0]]) * 1e-7 * 20
+    noise = seeding.DUPLICATE * torch.finfo(torch.float32).eps
+    margins = 2 * (1 - noise) - 2 * gram
+    assert margins[0, 1] <= 0 < margins[0, 2]  # what is meant to be tested
+    assert _merge_duplicates(gram).tolist() == [0, 0, 0, 1]
+
+
+def test_zero_rows_are_equal_to_each_other_alone():
+    rows = torch.cat([torch.zeros(2, 3), 1e-10 * torch.eye(3), torch.zeros(1, 3)])
+    assert _merge_duplicates(product(rows)).tolist() == [0, 0, 1, 2, 3, 0]
+
+
+def test_rows_leave_a_label_that_they_share_and_no_more_than_needed():
+    labels = torch.tensor([0, 1, 0, 2, 1, 0])
+    assert _split(labels, 0).tolist() == labels.tolist()
+    assert _split(labels, 2).tolist() == [0, 1, 3, 2, 4, 0]
+    assert _split(labels, 3).tolist() == [0, 1, 3, 2, 4, 5]
+
+
+# ------------------------------------------------------------------------------------------------------ agglomeration
+
+
+def check_forest(forest: _Forest, rows: Tensor) -> None:
+    """All that it holds of the clusters that are left is what the rows say."""
+    alive = forest.squares.isfinite().nonzero().squeeze(1)
+    assert sorted(forest.labels.unique().tolist()) == alive.tolist()
+    m = torch.stack([rows[forest.labels == label].mean(0) for label in alive])
+    counts = torch.tensor([int((forest.labels == label).sum()) for label in alive]).double()
+    assert torch.equal(forest.counts[alive], counts)
+    torch.testing.assert_close(forest.products[alive][:, alive], product(m))
+    torch.testing.assert_close(forest.squares[alive], m.square().sum(1))
+    costs = torch.cdist(m, m, compute_mode="donot_use_mm_for_euclid_dist").square()
+    costs = costs * counts * counts.unsqueeze(1) / (counts + counts.unsqueeze(1))
+    costs.fill_diagonal_(torch.inf)
+    if len(alive) > 1:
+        torch.testing.assert_close(forest.cost[alive], costs.amin(1), rtol=1e-6, atol=1e-9)
+        assert torch.equal(forest.nearest[alive], alive[costs.argmin(1)])
+
+
+@pytest.mark.parametrize("tile", [2, 1000])
+@pytest.mark.parametrize("shared", [False, True])
+@pytest.mark.parametrize("limit", [1, 3, 1000])
+def test_a_forest_is_what_its_merges_make_it(tile, shared, limit, monkeypatch):
+    forget_tiles(monkeypatch, tile)
+    for seed in range(6):
+        rows = rows_of(26, 6, seed=seed)
+        labels = torch.arange(26)
+        if shared:
+            rows = rows[torch.arange(26) // 3 * 2]
+            labels = _merge_duplicates(product(rows))
+        gram = product(rows)
+        forest, left = _Forest(gram, labels), int(labels.max()) + 1
+        check_forest(forest, rows)
+        while left > 1:
+            before, cost = forest.labels.clone(), forest.cost.min()
+            merged = forest.merge(min(limit, left - 1))
+            assert 1 <= merged <= limit
+            left -= merged
+            assert len(forest.labels.unique()) == left
+            check_forest(forest, rows)
+            if merged == 1:  # the cheapest pair first
+                pair = next(
+                    label for label in forest.labels.unique() if len(before[forest.labels == label].unique()) > 1
+                )
+                assert ward_cost(rows, before, forest.labels == pair) == pytest.approx(float(cost))
+        assert torch.equal(gram, product(rows))
+
+
+def ward_cost(rows: Tensor, before: Tensor, members: Tensor) -> float:
+    a, b = (rows[members & (before == label)] for label in before[members].unique())
+    return float(len(a) * len(b) / (len(a) + len(b)) * (a.mean(0) - b.mean(0)).square().sum())
+
+
+def test_each_round_merges_all_pairs_that_are_each_others_nearest():
+    rows = torch.tensor([[0.0], [1.0], [10.0], [11.5], [30.0]]).double()
+    forest = _Forest(product(rows), torch.arange(5))
+    assert forest.merge(4) == 2
+    assert partition(forest.labels) == {frozenset({0, 1}), frozenset({2, 3}), frozenset({4})}
+
+
+def test_ties_that_chase_each_other_round_are_broken():
+    """As on a device that finds any of several nearest."""
+    forest = _Forest(torch.eye(3), torch.arange(3))
+    forest.nearest = torch.tensor([1, 2, 0])
+    assert forest.merge(2) == 1 and len(forest.labels.unique()) == 2
+
+
+@pytest.mark.parametrize("c", [1, 4, 6, 7, 12])
+def test_ward_labels_are_contiguous_for_any_number_of_clusters(c):
+    rows = rows_of(6, 4)[torch.arange(12) // 2]
+    labels = ward(product(rows), c)
+    assert sorted(labels.unique().tolist()) == list(range(c))
+    if c >= 6:
+        assert all(len(rows[sorted(cluster)].unique(dim=0)) == 1 for cluster in partition(labels))
+
+
+# ----------------------------------------------------------------------------------------------------------- k-means++
+
+
+def plus_plus(rows: Tensor, c: int, seed: int) -> Tensor:
+    """Greedy k-means++ on the rows, by loops; where fewer rows are distinct than asked for, any that is none yet."""
+    trials = 2 + int(math.log(c))
+    draws = torch.rand(c, trials, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    nearest, labels = torch.full((len(rows),), torch.inf).double(), torch.zeros(len(rows), dtype=torch.int64)
+    centres: list[int] = []
+    for cluster in range(c):
+        weights = [float(w) for w in nearest] if cluster else [1.0] * len(rows)
+        if sum(weights) <= 0:
+            weights = [float(row not in centres) for row in range(len(rows))]
+        options = []
+        for draw in draws[cluster]:
+            total, candidate = 0.0, 0
+            for row, weight in enumerate(weights):
+                total += weight
+                if float(draw) * sum(weights) < total:
+                    candidate = row
+                    break
+            distances = torch.minimum((rows - rows[candidate]).square().sum(1), nearest)
+            options.append((float(distances.sum()), len(options), candidate, distances))
+        _, _, centre, distances = min(options, key=lambda option: option[:2])
+        labels[distances < nearest] = cluster
+        labels[centre] = cluster
+        nearest = distances
+        centres.append(centre)
+    return labels
+
+
+@few
+@given(problems(largest=30), st.integers(0, 1000))
+def test_plus_plus_is_that_of_the_rows(problem, seed):
+    rows, c = problem
+    found = kmeans_plus_plus(product(rows), c, torch.Generator().manual_seed(seed))
+    assert torch.equal(found, plus_plus(rows, c, seed))
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_plus_plus_gives_every_distinct_row_a_centre_and_then_any(seed):
+    rows = rows_of(5, 8, seed=seed)[torch.arange(15) % 5].float()
+    gram = product(rows)
+    for c in (5, 9, 15):
+        labels = kmeans_plus_plus(gram, c, torch.Generator().manual_seed(seed))
+        assert sorted(labels.unique().tolist()) == list(range(c))
+        assert all(len((torch.tensor(sorted(cluster)) % 5).unique()) == 1 for cluster in partition(labels))
+
+
+def test_means_of_no_rows_are_none():
+    """What the tests above compare with has as many means as clusters."""
+    assert means(rows_of(9, 2), torch.arange(9) // 3).shape == (3, 2)
