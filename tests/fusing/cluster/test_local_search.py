@@ -221,3 +221,15 @@ def test_within_limits_by_counting(moves, seed):
             named[cluster] += 1
         expected.append(bool(all(places)))
     assert _within_limits(sources, targets, limits).tolist() == expected
+
+
+def test_large_clusters_are_improved_to_the_end():
+    """Also once it no longer pays to move many rows of a cluster at a time."""
+    for seed in range(8):
+        generator = torch.Generator().manual_seed(seed)
+        rows = torch.randn(300, 2, generator=generator, dtype=torch.float64)
+        labels = torch.arange(300) % 5
+        gram = rows @ rows.T
+        found = refine(gram, labels, 5, max_iter=1000)
+        moves, _ = Partition(gram, found, 5).improving_moves()
+        assert len(moves) == 0
