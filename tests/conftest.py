@@ -9,6 +9,7 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 import pytest  # noqa: E402
 import torch  # noqa: E402
+from accelerate.state import AcceleratorState  # noqa: E402
 from state import HANDED_OVER, changes, state_of  # noqa: E402
 from torch import nn  # noqa: E402
 from transformers.utils import logging  # noqa: E402
@@ -36,3 +37,9 @@ def unchanged():
         return check
 
     return snapshot
+
+
+@pytest.fixture(autouse=True)
+def fresh_accelerate():
+    """accelerate keeps the precision of its first `Accelerator` for the whole process; tests ask for different ones."""
+    AcceleratorState._reset_state(reset_partial_state=True)
