@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import nn
 
-from ..ffn import require_originals
+from ..ffn import require_originals, with_own_width
 from ..fusing.settle import check_calibratable
 from ..observe.batches import Batch
 from ..observe.networks import Network, fusion_layers
@@ -40,6 +40,9 @@ def calibrate(
     ffns_per_pass: int | None = None,
 ) -> None:
     """Makes narrow FFNs from what goes through the original ones; no labels are needed.
+
+    With `allocation="fisher"` it first decides how wide each is to be: one elimination per FFN tells how its error
+    grows as neurons go. That takes the same statistics once more where FFNs are worked on in groups.
 
     With a configuration they wait on the model until `get_peft_model(model, config)` installs them. Without one the
     model must have a fusion adapter, whose narrow weights are made anew in place: for trainers that make the adapter
@@ -83,9 +86,13 @@ def calibrate(
     with network.running():
         inputs = Inputs.of(network, dataloader, sequences, length, config.seed)
         narrowing = Narrowing(network, plan, inputs, asked_recipe(config), ffns_per_pass or len(plan))
+        if config.allocation == "fisher" and adapter is None:
+            fixed = with_own_width((p.ffn for p in plan), config.width_pattern)
+            narrowing.allocate(lambda widths: plan_ffns(host, config, widths), config.multiple_of, fixed)
         narrow = narrowing.narrow_ffns()
     if adapter is None:
-        hand_over(host, Calibrated(narrow, fingerprints, asked_recipe(config), narrowing.recipe))
+        budget = {p.ffn.name: p.width for p in plan} if config.allocation == "fisher" else None
+        hand_over(host, Calibrated(narrow, fingerprints, asked_recipe(config), narrowing.recipe, budget))
     else:
         adapter.renew(plan, narrow, narrowing.recipe)
 

@@ -31,6 +31,22 @@ def share_results(
     return {p.ffn.name: _sent(own.get(p.ffn.name), ranks.owner(i), p) for i, p in enumerate(group)}
 
 
+def share_errors(
+    group: Sequence[PlannedFFN], measure: Callable[[PlannedFFN], dict[int, float]]
+) -> dict[str, dict[int, float]]:
+    """Measures every FFN's errors at some widths on one of the ranks, and tells the others.
+
+    Args:
+        group: the FFNs.
+        measure: the errors of an FFN, width -> error; called for this rank's FFNs only.
+
+    Returns:
+        FFN name -> its errors, the same on every rank.
+    """
+    own = ranks.together(lambda: {p.ffn.name: measure(p) for p in progress(ranks.own(group), "Measuring widths")})
+    return {p.ffn.name: ranks.object_from_rank(ranks.owner(i), own.get(p.ffn.name, {})) for i, p in enumerate(group)}
+
+
 def _sent(narrow: NarrowFFN | None, owner: int, p: PlannedFFN) -> NarrowFFN:
     """A narrow FFN that one rank has made, on all."""
     if ranks.world() == 1:

@@ -6,7 +6,7 @@ from .find import FFN, across_neurons, base_of, features, find_ffns, places, unr
 from .layouts import LAYOUTS, FFNLayout, register_layout
 from .linear import by_projection, check_finite, find_activation, projection_tensors, read_ffn, run_ffn
 from .originals import is_away, offload, require_originals, restore
-from .select import Selection, select_ffns, target_widths
+from .select import Selection, select_ffns, target_widths, with_own_width
 from .storage import blank_like, check_can_leave, device_of, is_quantised
 from .width import ConfigWidth, config_widths
 
@@ -44,4 +44,5 @@ __all__ = [
     "target_widths",
     "unreadable_projections",
     "watch",
+    "with_own_width",
 ]

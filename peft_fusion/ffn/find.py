@@ -64,6 +64,13 @@ class FFN:
         return features(self.base_projections[-1])[1]
 
     @property
+    def neuron_parameters(self) -> int:
+        """How many parameters belong to each neuron."""
+        *ins, out = self.base_projections
+        rows = [(features(m)[1] // self.width, features(m)[0] + (getattr(m, "bias", None) is not None)) for m in ins]
+        return sum(count * size for count, size in rows) + features(out)[1]
+
+    @property
     def homogeneity(self) -> int | None:
         """By which power of a positive factor a plain FFN's activation grows with its input; None where it is by none.
 

@@ -103,6 +103,12 @@ def target_widths(
     return widths
 
 
+def with_own_width(ffns: Iterable[FFN], width_pattern: Iterable[str]) -> set[str]:
+    """The names of the FFNs that a `width_pattern` says something of."""
+    patterns = list(width_pattern)
+    return {ffn.name for ffn in ffns if any(_matches_pattern(ffn, pattern) for pattern in patterns)}
+
+
 def describe(ffns: Sequence[FFN], limit: int = 4) -> str:
     """A few FFNs in words, for messages."""
     shown = [f"{ffn.name or 'the model itself'} ({ffn.layout}, {ffn.width} neurons)" for ffn in ffns[:limit]]

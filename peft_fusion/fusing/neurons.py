@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
+
 import torch
 from torch import Tensor
 
@@ -58,10 +60,27 @@ def eliminate(second_moment: Tensor, out_weight: Tensor, width: int) -> Tensor:
     Returns:
         int64 tensor of shape (width,): those left, in their original order.
     """
+    left = torch.arange(len(second_moment), device=second_moment.device)
+    for left in eliminations(second_moment, out_weight, _schedule(len(second_moment), width)):  # noqa: B007
+        pass
+    return left
+
+
+def eliminations(second_moment: Tensor, out_weight: Tensor, counts: Iterable[int]) -> Iterator[Tensor]:
+    """The neurons that `eliminate` leaves after each of its rounds.
+
+    Args:
+        second_moment: E[h h^T], float64 tensor of shape (neurons, neurons); overwritten.
+        out_weight: tensor of shape (neurons, out_dim).
+        counts: how many neurons are left after each round, descending.
+
+    Yields:
+        int64 tensors of shape (count,): those left, in their original order.
+    """
     inverse, weights = _shrunk_inverse(second_moment), out_weight.to(torch.float64, copy=True)
     alive = torch.ones(len(inverse), dtype=torch.bool, device=inverse.device)
     before = len(alive)
-    for remaining in _schedule(before, width):
+    for remaining in counts:
         cost = torch.where(alive, weights.square().sum(1) / inverse.diagonal(), torch.inf)
         dead = cost.argsort(stable=True)[: before - remaining]
         # inverse[dead, dead]^-1 times the rows of what goes, as the block inverse has it; these rows get 0
@@ -70,7 +89,7 @@ def eliminate(second_moment: Tensor, out_weight: Tensor, width: int) -> Tensor:
         weights.addmm_(rows.T, torch.linalg.lu_solve(*factors, weights[dead]), alpha=-1)
         inverse.addmm_(rows.T, torch.linalg.lu_solve(*factors, rows), alpha=-1)
         alive[dead], before = False, remaining
-    return alive.nonzero().squeeze(1)
+        yield alive.nonzero().squeeze(1)
 
 
 def _shrunk_inverse(moment: Tensor) -> Tensor:

@@ -14,7 +14,9 @@ from ..fusing.methods import METHODS
 from ..fusing.recipe import AUTO, REFITS, REPRESENTATIVES, SCALES
 
 BASE_WEIGHTS = ("keep", "offload", "discard")
+ALLOCATIONS = ("uniform", "fisher")
 CHOICES = {
+    "allocation": ALLOCATIONS,
     "method": tuple(METHODS),
     "kernel": (AUTO, *KERNELS),
     "representative": (AUTO, *REPRESENTATIVES),
@@ -33,6 +35,9 @@ class FusionConfig(PeftConfig):
         intermediate_size (`int`, *optional*): The width itself; wins over `ratio`.
         width_pattern (`dict[str, int | float]`): Regular expression of an FFN's name -> its width (`int`) or its
             ratio (`float`), as LoRA's `rank_pattern`; wins over both.
+        allocation (`str`): "uniform" (every FFN keeps `ratio` of its neurons) or "fisher" (`ratio` is the average over
+            the FFNs that `width_pattern` says nothing of; `calibrate` gives each the width at which a neuron is worth
+            as much to the model's predictions as in any other, and leaves alone those that would keep all of theirs).
         multiple_of (`int`): A width that comes from a ratio is rounded up to a multiple of this.
         target_modules (`list[str] | str`, *optional*): The FFNs to fuse, by the name of the module that holds one
             or of all of its projections: a list of suffixes, or one regular expression. `None`: every FFN found.
@@ -80,6 +85,7 @@ class FusionConfig(PeftConfig):
         default_factory=dict,
         metadata={"help": "Regular expression of an FFN's name -> its width (int) or ratio (float)."},
     )
+    allocation: str = field(default="uniform", metadata={"help": f"How `ratio` is shared out: {ALLOCATIONS}."})
     multiple_of: int = field(
         default=8, metadata={"help": "A width that comes from a ratio is rounded up to a multiple of this."}
     )
@@ -159,6 +165,11 @@ class FusionConfig(PeftConfig):
         self._check_positive_int("multiple_of", self.multiple_of)
         if self.intermediate_size is not None:
             self._check_positive_int("intermediate_size", self.intermediate_size)
+        if self.intermediate_size is not None and self.allocation != "uniform":
+            raise ValueError(
+                f'`intermediate_size={self.intermediate_size}` is one width for all, and `allocation="'
+                f'{self.allocation}"` gives each FFN its own: give the average as `ratio`.'
+            )
         if not isinstance(self.width_pattern, dict):
             raise ValueError(f"`width_pattern` must be a dict of regex -> width, but got {self.width_pattern!r}.")
         for pattern, value in self.width_pattern.items():

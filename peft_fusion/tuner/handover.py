@@ -67,12 +67,15 @@ class Calibrated:
         fingerprints: FFN name -> what its weights were.
         asked: the recipe that was asked for, with its "auto"s.
         recipe: what it came to.
+        budget: FFN name -> the width it would have if all had the same share, where a budget gave each its own; None
+            where all have the width that the configuration says.
     """
 
     narrow: Mapping[str, NarrowFFN]
     fingerprints: Mapping[str, Fingerprint]
     asked: Recipe
     recipe: Recipe
+    budget: Mapping[str, int] | None = None
 
 
 def hand_over(model: nn.Module, calibrated: Calibrated) -> None:
@@ -84,6 +87,34 @@ def handed_over(model: nn.Module) -> Calibrated | None:
     """What a calibration left on a model, if anything."""
     found: Calibrated | None = getattr(model, _ATTRIBUTE, None)
     return found
+
+
+def allocated_widths(model: nn.Module, planned: Sequence[PlannedFFN]) -> dict[str, int]:
+    """The widths that a calibration allocated: FFN name -> width, of those that became narrower.
+
+    Args:
+        model: the calibrated model.
+        planned: the FFNs with the widths they would have if all had the same share.
+
+    Raises:
+        ValueError: if none were allocated, or of other FFNs or for another share.
+    """
+    found = handed_over(model)
+    if found is None or found.budget is None:
+        raise ValueError(
+            '`allocation="fisher"` decides widths by what goes through the FFNs: call `calibrate(model, config, '
+            "dataloader)` with this configuration first. Widths that were decided before are in a saved "
+            "configuration's `fused_widths`; give them as `width_pattern`."
+        )
+    asked = {p.ffn.name: p.width for p in planned}
+    if asked != found.budget:
+        differing = [name for name in {**asked, **found.budget} if asked.get(name) != found.budget.get(name)][:4]
+        raise ValueError(
+            f"The model was calibrated for another budget: the FFNs {differing} were to have "
+            f"{[found.budget.get(name) for name in differing]} neurons on average, but the configuration asks for "
+            f"{[asked.get(name) for name in differing]}. Call `calibrate` with the configuration that you fuse with."
+        )
+    return {name: narrow.weights.width for name, narrow in found.narrow.items()}
 
 
 def drop_calibrated(model: nn.Module) -> None:

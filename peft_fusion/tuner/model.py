@@ -15,7 +15,7 @@ from .build import empty_projections, fused_projections, projections_of, random_
 from .checkpoint import plan_announced, plan_stored, record
 from .config import FusionConfig
 from .guarded import GuardedTuner
-from .handover import calibrated_for, drop_calibrated
+from .handover import allocated_widths, calibrated_for, drop_calibrated
 from .layer import FusionLayer
 from .loading import tensors_to_come
 from .narrow import NarrowProjection
@@ -169,6 +169,8 @@ class FusionModel(GuardedTuner):
             record(peft_config, expected)
         else:
             plan = plan_ffns(model, peft_config)
+            if peft_config.allocation == "fisher":
+                plan = plan_ffns(model, peft_config, allocated_widths(model, plan))
             ffns = self._made_anew(model, peft_config, plan)
         for planned, projections in zip(plan, ffns, strict=True):
             for name, projection in zip(planned.ffn.projection_names, projections, strict=True):
