@@ -1,9 +1,10 @@
-"""Products in full float32, whatever speed the user has asked matrix products for."""
+"""How exactly matrix products are computed: in full float32 where digits count, in bfloat16 where speed does."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any
 
 import torch
 
@@ -25,3 +26,22 @@ def exact_products(device: torch.device) -> Iterator[None]:
             yield
     finally:
         setattr(matmul, switch, before)
+
+
+def fast_products(device: torch.device) -> AbstractContextManager:
+    """Computes products in bfloat16, weights staying as they are, on a device that has instructions for it.
+
+    Its rounding is 0.4 % of a value.
+
+    Args:
+        device: the one that computes.
+    """
+    return torch.autocast(device.type, torch.bfloat16, enabled=has_fast_bfloat16(device))
+
+
+def has_fast_bfloat16(device: torch.device) -> bool:
+    """Whether a device has instructions for products of bfloat16."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    capabilities: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)() if device.type == "cpu" else {}
+    return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))

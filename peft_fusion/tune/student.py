@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
 from ..ffn import FFN, run_ffn
+from ..fusing.precision import fast_products
 from ..observe.networks import active_narrow
 from ..tuner.layer import FusionLayer
 
@@ -57,9 +57,9 @@ class Student:
     def __call__(self, x: Tensor) -> Tensor:
         """The products are in bfloat16 where it is fast.
 
-        Its rounding, 0.4 % of a value, is far below what a narrow FFN misses, and the weights stay in float32.
+        The rounding is far below what a narrow FFN misses, and the weights stay in float32.
         """
-        with torch.autocast(x.device.type, torch.bfloat16, enabled=_fast_bfloat16(x.device)):
+        with fast_products(x.device):
             y = run_ffn(self.ffn, self._projections, x.float()).float()
         return self._seen(y)
 
@@ -140,14 +140,6 @@ def _damp(adam: torch.optim.Adam) -> None:
     for group in adam.param_groups:
         (parameter,) = group["params"]
         group["eps"] = max(DAMPING * float(parameter.grad.square().mean().sqrt()), group["eps"])
-
-
-def _fast_bfloat16(device: torch.device) -> bool:
-    """Whether a device has instructions for products of bfloat16."""
-    if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    capabilities: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)() if device.type == "cpu" else {}
-    return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
 
 
 def _narrow(layer: nn.Module) -> nn.Module | None:
