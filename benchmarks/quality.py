@@ -2,34 +2,40 @@
 
     python benchmarks/quality.py smollm2 --tune --json smollm2.json --plot smollm2.png   about an hour on two cores
     python benchmarks/quality.py smollm2 --text own --variants original fusion           calibrated without data
+    python benchmarks/quality.py smollm2 --text own --layers all --ratios .729 --variants "fusion, budget" \\
+        --distill 524288                                                                 20 % removed, without data
     python benchmarks/quality.py minilm --results minilm      examples/compare_methods.py: accuracy after fine-tuning
     python benchmarks/quality.py smollm2 --smoke              (or minilm) small; its figures mean nothing
 
-SmolLM2-135M: the last 16 of 30 layers are narrowed and nothing is trained. Perplexity on held-out scientific papers;
-output error and Adam-NTK error on other blocks of them. The calibration text is of another domain (`--text other`:
-WordNet's glosses), the papers of the training split (`--text papers`) or what the model samples itself (`--text own`);
-`--tune` takes more of the text. Every pruning row has the text, refit and scale of the fusion row beside it; in
-"fisher kernel" its saliency is also measured in the metric that fusion uses. A finished row is read from `--json` and
-not run again.
+SmolLM2-135M: the last 16 of 30 layers (`--layers last`) are narrowed, or all; half of 16 FFNs is as much as .7333 of
+all, 20 % of the blocks' parameters. Nothing is trained unless `--tune` or `--distill` says so. Perplexity and KL from
+the original, in nats a token, on held-out scientific papers; output error and Adam-NTK error on other blocks of them.
+The calibration text is of another domain (`--text other`: WordNet's glosses), the papers of the training split
+(`--text papers`) or what the model samples itself (`--text own`); `--tune` takes more of the text. Every pruning row
+has the text, refit and scale of the fusion row beside it; in "fisher kernel" its saliency is also measured in the
+metric that fusion uses. A finished row is read from `--json` and not run again.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import random
 import statistics
 import sys
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
 import torch
 from peft import PeftModel, get_peft_model
-from safetensors.torch import load_file, save_file
 from torch.utils.data import DataLoader
-from transformers import PreTrainedModel, default_data_collator
+from transformers import PreTrainedModel, TrainingArguments, default_data_collator
 
-from peft_fusion import FusionConfig, calibrate, fidelity, tune_layers
+from peft_fusion import FusionConfig, calibrate, distill, fidelity, tune_layers
+from peft_fusion.distill.setting import LEARNING_RATE
+from peft_fusion.observe.divergence import kl_divergences
 from peft_fusion.observe.own_inputs import OWN_LENGTH, own_inputs
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
@@ -42,9 +48,10 @@ from common.reporting import text_table  # noqa: E402
 from common.running_text import blocks, load_texts, perplexity  # noqa: E402
 from common.text_tasks import draw  # noqa: E402
 
-LAYERS = list(range(14, 30))
+LAYERS = {"last": list(range(14, 30)), "all": None}
 LENGTH = 256  # tokens of a sequence of data; the model's own have OWN_LENGTH
 TUNING_TOKENS, TUNING_STEPS = 2**16, 600
+BATCH_SEQUENCES = 16  # of a step of `distill`, of the model's own text; a quarter as many where they are longer
 TUNED = ("fusion", "pruning by saliency, refit")
 OFF_CHART = 5  # a plot shows perplexities of up to so many times the original's
 
@@ -64,6 +71,11 @@ VARIANTS: dict[str, tuple[dict[str, Any] | None, bool]] = {
     "fusion, outputs kernel": ({"kernel": "outputs"}, True),
     "fusion, ntk kernel": ({"kernel": "ntk"}, True),
     "fusion": ({}, True),
+    "fusion, budget": ({"allocation": "fisher"}, True),
+    "pruning by saliency, fisher kernel, refit, budget": (
+        {"method": "pruning", "kernel": "fisher", "allocation": "fisher"},
+        True,
+    ),
 }
 Row = dict[str, Any]
 
@@ -88,6 +100,12 @@ def parse_arguments() -> argparse.Namespace:
     add("--ratios", type=float, nargs="+", default=[0.5, 0.25], help="fractions of neurons kept (default: .5 .25)")
     add("--variants", nargs="+", choices=list(VARIANTS), default=list(VARIANTS), metavar="VARIANT")
     add("--text", choices=("other", "papers", "own"), default="other", help="what is calibrated on")
+    add("--layers", choices=tuple(LAYERS), default="last", help="which layers are narrowed (default: last)")
+    add("--quick", action="store_true", help="leave out output and NTK errors, which take minutes a row")
+    add("--seed", type=int, default=0, help="of the calibration's and the distillation's text")
+    add("--distill", type=int, default=0, metavar="TOKENS", help="also `distill`, on so many tokens of that text")
+    add("--epochs", type=int, default=1, help="of the distillation")
+    add("--learning-rate", type=float, help="of the distillation")
     add("--tune", action="store_true", help=f"also `tune_layers`, for {' and '.join(TUNED)}")
     add("--json", type=Path, metavar="FILE", help="keep finished rows here")
     add("--plot", type=Path, metavar="FILE", help="perplexity against width")
@@ -104,7 +122,8 @@ class SmolLM2:
 
     def __init__(self, options: argparse.Namespace) -> None:
         self.options, small = options, options.smoke
-        self.model, tokenizer = load_causal_lm(None)
+        self.model, self.tokenizer = load_causal_lm(None)
+        tokenizer = self.tokenizer
         papers = load_texts()
         self.held_out = blocks(tokenizer, papers[1], 512)[: 4 if small else 24]
         self.compared = draw(blocks(tokenizer, papers[1], 64), 4 if small else 24)
@@ -112,10 +131,12 @@ class SmolLM2:
         self.batches: list[dict[str, torch.Tensor]]
         if options.text == "own":
             self.sequences *= LENGTH // OWN_LENGTH
-            self.batches = own_text(self.model, 2 * self.sequences, options.json)
+            self.batches = own_text(self.model, (1 + options.tune) * self.sequences, options.json, options.seed)
         else:
             texts = other_text() if options.text == "other" else papers[0]
-            pieces = blocks(tokenizer, texts, LENGTH)[: 2 * self.sequences]
+            pieces = blocks(tokenizer, texts, LENGTH)
+            random.Random(options.seed).shuffle(pieces) if options.seed else None
+            pieces = pieces[: 2 * self.sequences]
             self.batches = list(DataLoader(pieces, 8, collate_fn=default_data_collator))  # type: ignore[arg-type]
 
     def rows(self) -> list[Row]:
@@ -125,9 +146,11 @@ class SmolLM2:
         found = []
         for ratio in options.ratios[:1] if options.smoke else options.ratios:
             for name in options.variants:
-                key = f"{options.text} {name} {ratio}"
+                key = f"{options.text} {name} {options.layers} {ratio} {options.seed}"
+                key += f" {options.distill} x {options.epochs} at {options.learning_rate}" if options.distill else ""
                 if key not in done:
-                    done[key] = {"variant": name, "ratio": ratio} | self.row(name, ratio)
+                    done[key] = {"variant": name, "layers": options.layers, "ratio": ratio, "seed": options.seed}
+                    done[key] |= self.row(name, ratio)
                     if options.json:
                         options.json.write_text(json.dumps(done, indent=1) + "\n")
                 print(key, {column: show(value) for column, value in done[key].items()}, flush=True)
@@ -139,20 +162,76 @@ class SmolLM2:
         settings, calibrated = VARIANTS[name]
         if settings is None:
             return {"perplexity": perplexity(self.model, self.held_out)}
-        config = FusionConfig(ratio=ratio, layers_to_transform=LAYERS, **settings)
+        layers = LAYERS[self.options.layers]
+        config = FusionConfig(ratio=ratio, layers_to_transform=layers, seed=self.options.seed, **settings)
+        whole = sum(parameter.numel() for parameter in self.model.model.layers.parameters())
         started = time.perf_counter()
         if calibrated:
             calibrate(self.model, config, self.batches, sequences=self.sequences)
         fused = get_peft_model(self.model, config)
         row = {"seconds": time.perf_counter() - started}
-        row["perplexity"] = perplexity(fused, self.held_out)
-        report = fidelity(fused, DataLoader(self.compared, 8, collate_fn=default_data_collator))  # type: ignore[arg-type]
-        row["FFN output error"] = statistics.mean(ffn.output.relative for ffn in report.ffns)
-        row["Adam-NTK error"] = report.ntk.adam.relative
+        removed = sum(full - narrow for full, narrow in fused.peft_config["default"].fused_widths.values())
+        row["removed"] = removed * 3 * self.model.config.hidden_size / whole
+        row |= self.judged(fused)
+        if not self.options.quick:
+            report = fidelity(fused, DataLoader(self.compared, 8, collate_fn=default_data_collator))  # type: ignore[arg-type]
+            row["FFN output error"] = statistics.mean(ffn.output.relative for ffn in report.ffns)
+            row["Adam-NTK error"] = report.ntk.adam.relative
+        row["widths"] = [narrow for _, narrow in fused.peft_config["default"].fused_widths.values()]
         if self.options.tune and name in TUNED:
             row |= self.tune(fused)
+        if self.options.distill:
+            row |= self.distil(fused)
         fused.unload()
         return row
+
+    def judged(self, fused: PeftModel) -> Row:
+        """Perplexity, and KL from the original, on the held-out papers."""
+        found = {"perplexity": perplexity(fused, self.held_out)}
+        if not hasattr(self, "original"):
+            with fused.disable_adapter():
+                self.original = perplexity(fused, self.held_out)
+        pieces = [default_data_collator([block]) for block in self.held_out]
+        divergences = []
+        with torch.no_grad():
+            for piece in pieces:
+                with fused.disable_adapter():
+                    right = fused(input_ids=piece["input_ids"]).logits[0]
+                divergences.append(float(kl_divergences(fused(input_ids=piece["input_ids"]).logits[0], right).mean()))
+        return found | {"to the original": found["perplexity"] / self.original, "KL": statistics.mean(divergences)}
+
+    def distil(self, fused: PeftModel) -> Row:
+        """What `distill` makes of it."""
+        options, started = self.options, time.perf_counter()
+        with tempfile.TemporaryDirectory() as folder:
+            args = TrainingArguments(
+                output_dir=folder,
+                per_device_train_batch_size=BATCH_SEQUENCES if options.text == "own" else BATCH_SEQUENCES // 4,
+                learning_rate=options.learning_rate or LEARNING_RATE,
+                lr_scheduler_type="cosine",
+                warmup_steps=0.05,
+                num_train_epochs=options.epochs,
+                bf16=True,
+                eval_strategy="steps",
+                eval_steps=0.125,
+                save_strategy="no",
+                logging_strategy="no",
+                report_to="none",
+                seed=options.seed,
+            )
+            found = distill(fused, self.to_distill(), tokens=options.distill, args=args)
+        row = {f"{name}, distilled": value for name, value in self.judged(fused).items()}
+        tokens = {"KL on its text": f"{found.before:.4f} -> {found.after:.4f}", "sequences": found.sequences}
+        return row | tokens | {"seconds to distill": time.perf_counter() - started}
+
+    def to_distill(self) -> list[dict[str, torch.Tensor]]:
+        """Text that calibration has not seen, as far as there is any."""
+        options, small = self.options, self.options.smoke
+        if options.text != "own":
+            texts = other_text() if options.text == "other" else load_texts()[0]
+            pieces = blocks(self.tokenizer, texts, LENGTH)[: 8 if small else None]
+            return [{"input_ids": torch.tensor([piece["input_ids"]])} for piece in pieces]
+        return own_text(self.model, -(-options.distill // OWN_LENGTH), options.json, seed=1000 + options.seed)
 
     def tune(self, fused: PeftModel) -> Row:
         """What `tune_layers(objective="ffn")` makes of it."""
@@ -164,16 +243,12 @@ class SmolLM2:
         return {"perplexity, tuned": tuned, "FFN error, tuned / before": ratio, "seconds to tune": seconds}
 
 
-def own_text(model: PreTrainedModel, sequences: int, results: Path | None) -> list[dict[str, torch.Tensor]]:
+def own_text(
+    model: PreTrainedModel, sequences: int, results: Path | None, seed: int = 0
+) -> list[dict[str, torch.Tensor]]:
     """What the model samples itself; kept beside the finished rows, as it takes minutes."""
-    kept = results.with_suffix(f".own{sequences}x{OWN_LENGTH}.safetensors") if results else None
-    if kept and kept.exists():
-        ids = load_file(kept)["input_ids"]
-    else:
-        ids = torch.cat([batch["input_ids"] for batch in own_inputs(model, sequences, OWN_LENGTH, seed=0)])
-        if kept:
-            save_file({"input_ids": ids}, kept)
-    return [{"input_ids": part} for part in ids.split(32)]
+    kept = results.with_suffix(f".own{sequences}x{OWN_LENGTH}.{seed}.safetensors") if results else None
+    return own_inputs(model, sequences, OWN_LENGTH, seed, kept)
 
 
 def other_text() -> list[str]:

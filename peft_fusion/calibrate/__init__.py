@@ -9,6 +9,7 @@ What stays is the narrow FFNs alone. They wait on the model for `get_peft_model`
 from __future__ import annotations
 
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 from torch import nn
@@ -38,6 +39,7 @@ def calibrate(
     sequences: int | None = None,
     length: int = OWN_LENGTH,
     ffns_per_pass: int | None = None,
+    own_text: str | Path | None = None,
 ) -> None:
     """Makes narrow FFNs from what goes through the original ones; no labels are needed.
 
@@ -70,6 +72,7 @@ def calibrate(
             None: 128 of the data loader's, or 512 of the model's own.
         length: tokens in each of the model's own sequences.
         ffns_per_pass: how many FFNs to work on at once: less memory, more passes. None: all of them.
+        own_text: a `.safetensors` file that the model's own inputs are written to, or read from if it exists.
 
     Raises:
         ValueError: if the configuration does not fit the model or cannot be calibrated, there is no adapter to renew,
@@ -78,13 +81,15 @@ def calibrate(
         TypeError: if `config` is no `FusionConfig`.
     """
     _check_numbers(sequences=sequences, length=length, ffns_per_pass=ffns_per_pass)
+    if dataloader is not None and own_text is not None:
+        raise ValueError("`own_text` keeps what the model samples where there is no `dataloader`; give one of them.")
     host = unwrapped(model)
     adapter = None if config is not None else adapter_of(host)
     plan, config = _plan(host, config, adapter)
     network = Network(host, [p.ffn for p in plan], fused=False)
     fingerprints = {p.ffn.name: Fingerprint.of(p) for p in plan}
     with network.running():
-        inputs = Inputs.of(network, dataloader, sequences, length, config.seed)
+        inputs = Inputs.of(network, dataloader, sequences, length, config.seed, own_text)
         narrowing = Narrowing(network, plan, inputs, asked_recipe(config), ffns_per_pass or len(plan))
         if config.allocation == "fisher" and adapter is None:
             fixed = with_own_width((p.ffn for p in plan), config.width_pattern)

@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import islice
+from pathlib import Path
 
 from ..observe import ranks
 from ..observe.batches import Batch, batch_size, single_sequences, take
@@ -36,7 +37,13 @@ class Inputs:
 
     @classmethod
     def of(
-        cls, network: Network, dataloader: Iterable[Batch] | None, sequences: int | None, length: int, seed: int
+        cls,
+        network: Network,
+        dataloader: Iterable[Batch] | None,
+        sequences: int | None,
+        length: int,
+        seed: int,
+        file: str | Path | None = None,
     ) -> Inputs:
         """Takes them from a data loader, or has the network make them.
 
@@ -45,7 +52,7 @@ class Inputs:
         """
         if dataloader is None:
             sequences = sequences or OWN_SEQUENCES
-            made = ranks.together(lambda: own_inputs(network.model, sequences, length, seed))
+            made = ranks.together(lambda: own_inputs(network.model, sequences, length, seed, file))
             inputs = cls(list(made), "the model's own inputs")
         else:
             share = ranks.share_of(sequences or SEQUENCES)

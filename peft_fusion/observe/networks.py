@@ -63,7 +63,9 @@ class Network:
             for module, mode in training.items():
                 module.training = mode
 
-    def __call__(self, batch: Batch, hidden_states: bool = False, logits: bool = True) -> Any:
+    def __call__(
+        self, batch: Batch, hidden_states: bool = False, logits: bool = True, through: nn.Module | None = None
+    ) -> Any:
         """The model's output.
 
         Args:
@@ -71,6 +73,7 @@ class Network:
             hidden_states: whether to ask a transformers model for those of every layer. It does that by hooks, which
                 it keeps.
             logits: False: those of the last token alone will do, where a model can leave the others out.
+            through: what wraps the model, for training on several devices say, and is called in its place.
 
         Raises:
             ValueError: if the batch is not what the model takes.
@@ -83,7 +86,7 @@ class Network:
             extra["logits_to_keep"] = 1
         inputs = {key: v.to(self.device) if isinstance(v, Tensor) else v for key, v in batch.items()}
         try:
-            return self.model(**inputs, **extra)
+            return (self.model if through is None else through)(**inputs, **extra)
         except (TypeError, ValueError, LookupError, AttributeError, RuntimeError) as error:
             if is_out_of_memory(error) or isinstance(error, UnusableActivations):
                 raise

@@ -11,8 +11,14 @@ from .batches import Batch
 from .networks import Network
 
 
-def run_whole(network: Network, batch: Batch) -> tuple[Tensor | None, Any]:
-    """The hidden states behind the last layer (an encoder-decoder's decoder), and the model's output."""
+def run_whole(network: Network, batch: Batch, through: nn.Module | None = None) -> tuple[Tensor | None, Any]:
+    """The hidden states behind the last layer (an encoder-decoder's decoder), and the model's output.
+
+    Args:
+        network: the network.
+        batch: its inputs.
+        through: what wraps its model, to be called in its place.
+    """
     model: Any = network.model
     backbone = getattr(model, "base_model", model)
     if backbone is model and network.is_encoder_decoder and hasattr(model, "get_decoder"):
@@ -23,7 +29,7 @@ def run_whole(network: Network, batch: Batch) -> tuple[Tensor | None, Any]:
         hidden[0] = getattr(output, "last_hidden_state", None)
 
     with watch([backbone], after=note):
-        output = network(batch)
+        output = network(batch, through=through)
     return hidden[0], output
 
 

@@ -1,0 +1,83 @@
+"""Layers in which two networks do not differ, run once for both of them."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import nn
+
+from ..ffn import watch
+from .networks import active_narrow, fusion_layers
+
+
+@dataclass
+class SharedLayers:
+    """The layers of a model below the first one in which its narrow FFNs, or anything that trains, has a part.
+
+    Args:
+        layers: in the order in which they run; none if nothing can be shared.
+    """
+
+    layers: Sequence[nn.Module]
+    _output: list[Any] = field(default_factory=list, repr=False)
+
+    @contextmanager
+    def noting(self) -> Iterator[None]:
+        """Notes what comes out of the last of them as long as the block runs."""
+
+        def note(module: nn.Module, args: Any, output: Any) -> None:
+            self._output[:] = [output]
+
+        with watch(self.layers[-1:], after=note):
+            yield
+
+    @contextmanager
+    def skipped(self) -> Iterator[None]:
+        """Has all of them give what was noted as long as the block runs, and compute nothing; then forgets it."""
+        own = [vars(layer).get("forward") for layer in self.layers]
+        try:
+            for layer in self.layers:
+                vars(layer)["forward"] = self._noted()
+            yield
+        finally:
+            for layer, forward in zip(self.layers, own, strict=True):
+                vars(layer).pop("forward", None)
+                if forward is not None:
+                    vars(layer)["forward"] = forward
+            self._output.clear()
+
+    def _noted(self) -> Callable[..., Any]:
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            return self._output[0]
+
+        return forward
+
+
+def shared_layers(model: nn.Module, training: Sequence[str]) -> SharedLayers:
+    """The layers that a model with narrow FFNs shares with its original.
+
+    What they put out is the same as long as nothing in them or before them trains; that is certain where all narrow
+    FFNs, and all that trains, are in one list of layers.
+
+    Args:
+        model: the model, without wrappers.
+        training: names of the parameters that train.
+    """
+    numbers: dict[str, list[int]] = {}
+    narrow = {id(layer) for layer in fusion_layers(model) if active_narrow(layer) is not None}
+    changing = [name for name, module in model.named_modules() if id(module) in narrow]
+    for name in [*changing, *training]:
+        match = re.match(r"(.*?)\.(\d+)\.", name)
+        if match is None or not isinstance(model.get_submodule(match.group(1)), nn.ModuleList):
+            return SharedLayers([])
+        numbers.setdefault(match.group(1), []).append(int(match.group(2)))
+    if len(numbers) != 1:
+        return SharedLayers([])
+    (path, found), *_ = numbers.items()
+    layers = model.get_submodule(path)
+    assert isinstance(layers, nn.ModuleList)
+    return SharedLayers(list(layers)[: min(found)])
