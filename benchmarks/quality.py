@@ -165,11 +165,7 @@ class SmolLM2:
         layers = LAYERS[self.options.layers]
         config = FusionConfig(ratio=ratio, layers_to_transform=layers, seed=self.options.seed, **settings)
         whole = sum(parameter.numel() for parameter in self.model.model.layers.parameters())
-        started = time.perf_counter()
-        if calibrated:
-            calibrate(self.model, config, self.batches, sequences=self.sequences)
-        fused = get_peft_model(self.model, config)
-        row = {"seconds": time.perf_counter() - started}
+        fused, row = self.fused(config, calibrated, f"{self.options.text} {name} {self.options.layers} {ratio}")
         removed = sum(full - narrow for full, narrow in fused.peft_config["default"].fused_widths.values())
         row["removed"] = removed * 3 * self.model.config.hidden_size / whole
         row |= self.judged(fused)
@@ -184,6 +180,20 @@ class SmolLM2:
             row |= self.distil(fused)
         fused.unload()
         return row
+
+    def fused(self, config: FusionConfig, calibrated: bool, name: str) -> tuple[PeftModel, Row]:
+        """The fused model and how long that took; from the adapter of an earlier run, if there is one."""
+        options, started = self.options, time.perf_counter()
+        folder = options.json and options.json.with_suffix("") / f"{name} {options.seed}".replace(" ", "_")
+        if folder and folder.exists():
+            return PeftModel.from_pretrained(self.model, folder, is_trainable=True), {}
+        if calibrated:
+            calibrate(self.model, config, self.batches, sequences=self.sequences)
+        fused = get_peft_model(self.model, config)
+        row: Row = {"seconds": time.perf_counter() - started}
+        if folder:
+            fused.save_pretrained(folder)
+        return fused, row
 
     def judged(self, fused: PeftModel) -> Row:
         """Perplexity, and KL from the original, on the held-out papers."""
@@ -217,6 +227,7 @@ class SmolLM2:
                 save_strategy="no",
                 logging_strategy="no",
                 report_to="none",
+                use_cpu=not torch.cuda.is_available(),
                 seed=options.seed,
             )
             found = distill(fused, self.to_distill(), tokens=options.distill, args=args)

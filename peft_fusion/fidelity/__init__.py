@@ -18,9 +18,10 @@ from ..observe.projection import Function, random_projection
 from ..progress import progress
 from ..tuner.layer import FusionLayer
 from ..tuner.narrow import NarrowOutProjection
+from .errors import FFNFidelity, KernelError, NTKError, OutputError
 from .ntk import Kernels, tangent_kernels
 from .outputs import OutputErrors
-from .report import FFNFidelity, Fidelity, KernelError, NTKError, OutputError
+from .report import Fidelity
 
 __all__ = ["FFNFidelity", "Fidelity", "KernelError", "NTKError", "OutputError", "fidelity"]
 
@@ -88,6 +89,7 @@ def fidelity(
         ffns=ffns,
         hidden_states=errors.hidden_states.error(),
         outputs=errors.outputs.error(),
+        divergence=errors.predictions.mean(),
         ntk=_ntk_error(*whole),
         batches=count,
         sequences=len(singles),

@@ -5,15 +5,17 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..ffn import FFN, capture
 from ..observe.batches import Batch, padding_mask
+from ..observe.divergence import kl_divergences
 from ..observe.networks import Network
 from ..observe.outputs import main_output, run_whole
-from .report import OutputError
+from .errors import OutputError
 
 Calls = dict[str, list[tuple[Tensor, Tensor]]]  # FFN name -> the input and the output of each of its calls
 
@@ -51,6 +53,25 @@ class DistanceMean:
         return OutputError(self.distance / tokens, self.distance / self.norm if self.norm else float("nan"))
 
 
+@dataclass
+class DivergenceMean:
+    """The running mean of KL(original || fused) of the predictions, in nats a position."""
+
+    total: float = 0.0
+    positions: int = 0
+
+    def add(self, fused: Tensor, original: Tensor, mask: Tensor | None) -> None:
+        """Adds the logits (..., classes) of both at positions (...), of which the mask says which count."""
+        found = kl_divergences(fused.flatten(0, -2), original.to(fused.device).flatten(0, -2))
+        found = found if mask is None else found[mask.to(found.device).flatten()]
+        self.total += float(found.sum(dtype=torch.float64))
+        self.positions += found.numel()
+
+    def mean(self) -> float:
+        """It; NaN if nothing was added."""
+        return self.total / self.positions if self.positions else float("nan")
+
+
 class OutputErrors:
     """Collects the output errors of a pair of networks, batch by batch.
 
@@ -65,18 +86,21 @@ class OutputErrors:
         self.original, self.fused = original, fused
         self.ffns = {ffn.name: DistanceMean() for ffn in fused.ffns}
         self.hidden_states, self.outputs = DistanceMean(), DistanceMean()
+        self.predictions = DivergenceMean()
 
     @torch.no_grad()
     def add(self, batch: Batch) -> None:
         """Runs both networks on a batch, and the fused one again with the original's inputs to every FFN."""
         calls: Calls = {ffn.name: [] for ffn in self.original.ffns}
         with self.original.running(), _recording(self.original.ffns, calls):
-            expected = _outputs(self.original, batch)
+            expected = run_whole(self.original, batch)
         with self.fused.running():
-            found = _outputs(self.fused, batch)
+            found = run_whole(self.fused, batch)
             with self._following(calls, batch):
                 self.fused(batch)
-        for mean, ours, theirs in zip((self.hidden_states, self.outputs), found, expected, strict=True):
+        pairs = (found[0], expected[0]), *((get(found[1]), get(expected[1])) for get in (main_output, _logits))
+        means: tuple[DistanceMean | DivergenceMean, ...] = (self.hidden_states, self.outputs, self.predictions)
+        for mean, (ours, theirs) in zip(means, pairs, strict=True):
             if ours is not None and theirs is not None:
                 mean.add(ours, theirs, padding_mask(batch, ours.shape, self.fused.is_encoder_decoder))
 
@@ -111,7 +135,6 @@ def _recording(ffns: Sequence[FFN], calls: Calls) -> AbstractContextManager[None
     return capture(ffns, inputs=note_input, outputs=note_output)
 
 
-def _outputs(network: Network, batch: Batch) -> tuple[Tensor | None, Tensor | None]:
-    """The hidden states behind the last layer, and what the model is there for."""
-    hidden, output = run_whole(network, batch)
-    return hidden, main_output(output)
+def _logits(output: Any) -> Tensor | None:
+    logits: Tensor | None = getattr(output, "logits", None)
+    return logits

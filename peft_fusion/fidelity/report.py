@@ -4,83 +4,14 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict, dataclass, field
-from math import inf, isfinite, nan
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-
-@dataclass(frozen=True)
-class OutputError:
-    """How far outputs are from the original's.
-
-    Args:
-        absolute: the mean over tokens of the difference's L2 norm.
-        relative: that, divided by the mean norm of the original's outputs.
-    """
-
-    absolute: float
-    relative: float
-
-
-@dataclass(frozen=True)
-class KernelError:
-    """How far a tangent kernel K is from the original's K0.
-
-    Args:
-        relative: |K - K0| / |K0|, in Frobenius norms.
-        cosine: <K, K0> / (|K| |K0|).
-        factor: the number a that makes |a K - K0| smallest.
-        fitted: |a K - K0| / |K0| with that a: what of the error is not the kernel's size.
-    """
-
-    relative: float
-    cosine: float
-    factor: float
-    fitted: float
-
-    @classmethod
-    def between(cls, kernel: Tensor, original: Tensor) -> KernelError:
-        """The error of a kernel of shape (n, n) against the original's."""
-        size, original_size = float(kernel.norm()), float(original.norm())
-        difference, inner = float((kernel - original).norm()), float((kernel * original).sum())
-        if original_size == 0:
-            return cls(0.0 if size == 0 else inf, nan, nan, nan)
-        if size == 0:
-            return cls(1.0, nan, nan, 1.0)
-        factor = inner / size**2
-        fitted = float((factor * kernel - original).norm()) / original_size
-        return cls(difference / original_size, inner / (size * original_size), factor, fitted)
-
-
-@dataclass(frozen=True)
-class NTKError:
-    """The errors of both kernels over the same weights; the Adam kernel is the one the method keeps."""
-
-    adam: KernelError
-    sgd: KernelError
-
-
-@dataclass(frozen=True)
-class FFNFidelity:
-    """One FFN.
-
-    Args:
-        name: its name in the model.
-        width: its neurons in the original.
-        narrow_width: its neurons now (all of them where its matrices are of low rank).
-        output: the error of its output, given the original's inputs.
-        ntk: over its weights and biases.
-        matrices: over those of one projection; path -> errors.
-    """
-
-    name: str
-    width: int
-    narrow_width: int
-    output: OutputError
-    ntk: NTKError
-    matrices: dict[str, NTKError]
+from .errors import FFNFidelity, NTKError, OutputError
+from .plot import draw
 
 
 @dataclass(frozen=True)
@@ -91,6 +22,7 @@ class Fidelity:
         ffns: the FFNs that were compared.
         hidden_states: the error of the hidden states behind the last layer.
         outputs: the error of the logits (a feature model's: of its hidden states).
+        divergence: KL(original || fused) of the predictions, in nats a position; NaN where there are no logits.
         ntk: over the weights and biases of all compared FFNs.
         batches: batches that the output errors are means over.
         sequences: sequences that the kernels are over.
@@ -102,6 +34,7 @@ class Fidelity:
     ffns: list[FFNFidelity]
     hidden_states: OutputError
     outputs: OutputError
+    divergence: float
     ntk: NTKError
     batches: int
     sequences: int
@@ -125,6 +58,8 @@ class Fidelity:
         lines.append(f"{'all of them':{name}}  {'':14}{'':20}{_ntk(self.ntk)}")
         for label, error in (("hidden states at the end", self.hidden_states), ("outputs", self.outputs)):
             lines.append(f"{label:{name}}  {'':14}{_output(error)}")
+        if isfinite(self.divergence):
+            lines.append(f"{'predictions':{name}}  {'':14}{self.divergence:10.4g} nats from the original's (KL)")
         lines += ["", f"parameters     {_change(*self.parameters)}", f"FLOPs a token  {_change(*self.flops)}"]
         lines.append("relative: |K - K0| / |K0|, K0 the original's kernel; factor: the a with a K closest to K0")
         return "\n".join(lines)
@@ -140,7 +75,7 @@ class Fidelity:
         Path(path).write_text(json.dumps(plain, indent=2, allow_nan=False), encoding="utf-8")
 
     def plot(self, path: str | Path) -> None:
-        """Draws the kernels side by side, each pair in one colour scale, and the errors of the FFNs.
+        """Draws the kernels side by side, each pair in one colour scale, and the widths and errors of the FFNs.
 
         Args:
             path: the file to write, in any format that matplotlib knows by its suffix.
@@ -148,34 +83,7 @@ class Fidelity:
         Raises:
             ImportError: if matplotlib is not installed.
         """
-        try:
-            from matplotlib.figure import Figure
-        except ImportError as error:
-            raise ImportError("`plot` needs matplotlib: pip install matplotlib") from error
-        figure = Figure(figsize=(11, 6.5), layout="constrained")
-        grid = figure.add_gridspec(2, 3, width_ratios=(1, 1, 1.3))
-        for row, (name, errors) in enumerate((("adam", self.ntk.adam), ("sgd", self.ntk.sgd))):
-            pair = self.kernels[name]
-            label = {"adam": "Adam", "sgd": "SGD"}[name]
-            titles = (f"{label} NTK, original", f"{label} NTK, fused (error {errors.relative:.3g})")
-            low, high = min(float(k.min()) for k in pair), max(float(k.max()) for k in pair)
-            axes = [figure.add_subplot(grid[row, column]) for column in range(2)]
-            for axis, kernel, title in zip(axes, pair, titles, strict=True):
-                image = axis.imshow(kernel.numpy(), vmin=low, vmax=high)
-                axis.set_title(title, fontsize="medium")
-            figure.colorbar(image, ax=axes)
-        self._plot_ffns(figure.add_subplot(grid[:, 2]))
-        figure.savefig(path)
-
-    def _plot_ffns(self, axis: Any) -> None:
-        """The relative errors, FFN by FFN."""
-        places = range(len(self.ffns))
-        axis.plot(places, [ffn.output.relative for ffn in self.ffns], "o-C0", label="output")
-        axis.plot(places, [ffn.ntk.adam.relative for ffn in self.ffns], "s-C1", label="Adam NTK")
-        axis.plot(places, [ffn.ntk.adam.fitted for ffn in self.ffns], "s:C1", label="Adam NTK, best factor")
-        axis.plot(places, [ffn.ntk.sgd.relative for ffn in self.ffns], "^-C2", label="SGD NTK")
-        axis.set(xlabel="FFN", ylabel="relative error", title="Error of each FFN", yscale="log")
-        axis.legend()
+        draw(path, self.ffns, self.ntk, self.kernels)
 
 
 def _output(error: OutputError) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 
 import pytest
 import torch
@@ -201,7 +202,7 @@ def test_errors_at_the_end_are_those_of_the_running_model():
     architecture = BY_NAME["llama"]
     model, data = fused_model(architecture), batches(architecture)
     report = fidelity(model, data)
-    distances: dict[str, list[torch.Tensor]] = {"hidden": [], "logits": []}
+    distances: dict[str, list[torch.Tensor]] = {"hidden": [], "logits": [], "kl": []}
     with torch.no_grad():
         for batch in data:
             ours = model(**batch, output_hidden_states=True)
@@ -209,8 +210,12 @@ def test_errors_at_the_end_are_those_of_the_running_model():
                 theirs = model(**batch, output_hidden_states=True)
             distances["hidden"].append((ours.hidden_states[-1] - theirs.hidden_states[-1]).norm(dim=-1).flatten())
             distances["logits"].append((ours.logits - theirs.logits).norm(dim=-1).flatten())
+            log_p, log_q = theirs.logits.log_softmax(-1), ours.logits.log_softmax(-1)
+            distances["kl"].append((log_p.exp() * (log_p - log_q)).sum(-1).flatten())
     assert report.hidden_states.absolute == pytest.approx(float(torch.cat(distances["hidden"]).mean()), rel=1e-6)
     assert report.outputs.absolute == pytest.approx(float(torch.cat(distances["logits"]).mean()), rel=1e-6)
+    assert report.divergence == pytest.approx(float(torch.cat(distances["kl"]).mean()), rel=1e-4)
+    assert "nats from the original's (KL)" in str(report)
 
 
 @pytest.mark.parametrize("name", ["bert", "llama"])
@@ -226,6 +231,7 @@ def test_padding_counts_nowhere(name):
         again = fidelity(model, [padded])
         for mine, other in zip(again.ffns, report.ffns, strict=True):
             assert mine.output.absolute == pytest.approx(other.output.absolute, rel=1e-9)
+        assert again.divergence == pytest.approx(report.divergence, rel=1e-5)
         for kernel in ("adam", "sgd"):
             for found, expected in zip(again.kernels[kernel], report.kernels[kernel], strict=True):
                 torch.testing.assert_close(found, expected)
@@ -297,6 +303,7 @@ def test_a_feature_model_and_the_seed_of_its_projection():
     assert torch.equal(reports[0].kernels["sgd"][1], reports[1].kernels["sgd"][1])
     assert not torch.allclose(reports[0].kernels["sgd"][1], reports[2].kernels["sgd"][1])
     assert reports[0].outputs == reports[0].hidden_states
+    assert math.isnan(reports[0].divergence) and "KL" not in str(reports[0])
 
 
 def test_limits_on_batches_and_sentences():
