@@ -20,11 +20,13 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import random
 import statistics
 import sys
 import tempfile
 import time
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -195,20 +197,25 @@ class SmolLM2:
             fused.save_pretrained(folder)
         return fused, row
 
-    def judged(self, fused: PeftModel) -> Row:
-        """Perplexity, and KL from the original, on the held-out papers."""
+    def judged(self, fused: torch.nn.Module, original: PreTrainedModel | None = None) -> Row:
+        """Perplexity, and KL from the original, on the held-out papers.
+
+        Args:
+            fused: the narrow model.
+            original: None: the same model with its adapter disabled.
+        """
         found = {"perplexity": perplexity(fused, self.held_out)}
-        if not hasattr(self, "original"):
-            with fused.disable_adapter():
-                self.original = perplexity(fused, self.held_out)
-        pieces = [default_data_collator([block]) for block in self.held_out]
-        divergences = []
+        divergences, losses = [], []
         with torch.no_grad():
-            for piece in pieces:
-                with fused.disable_adapter():
-                    right = fused(input_ids=piece["input_ids"]).logits[0]
-                divergences.append(float(kl_divergences(fused(input_ids=piece["input_ids"]).logits[0], right).mean()))
-        return found | {"to the original": found["perplexity"] / self.original, "KL": statistics.mean(divergences)}
+            for block in self.held_out:
+                inputs = default_data_collator([block])
+                with nullcontext() if original is not None else fused.disable_adapter():  # type: ignore[operator]
+                    right = (original or fused)(**inputs)
+                losses.append(float(right.loss))
+                ours = fused(input_ids=inputs["input_ids"]).logits[0]
+                divergences.append(float(kl_divergences(ours, right.logits[0]).mean()))
+        ratio = found["perplexity"] / math.exp(statistics.mean(losses))
+        return found | {"to the original": ratio, "KL": statistics.mean(divergences)}
 
     def distil(self, fused: PeftModel) -> Row:
         """What `distill` makes of it."""
