@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ..observe.batches import padding_mask
 from ..observe.divergence import kl_divergences
 from ..observe.networks import Network, fusion_layers
-from ..observe.outputs import run_whole
+from ..observe.outputs import has_trained_head, run_whole, speaks
 from ..observe.unwrap import unwrapped
 from ..tuner.layer import FusionLayer, showing
 
@@ -67,13 +67,9 @@ def chosen_outputs(network: Network, batch: Mapping[str, Any]) -> str:
     with torch.no_grad():
         hidden, output = run_whole(network, batch)
     logits = getattr(output, "logits", None)
-    if logits is None:
-        return "hidden_states"
-    if hidden is None or (logits.dim() > 2 and logits.shape[-1] > hidden.shape[-1]):
+    if logits is not None and (hidden is None or speaks(hidden, logits) or has_trained_head(network.model)):
         return "logits"
-    prefix = getattr(network.model, "base_model_prefix", "")
-    biases = [p for name, p in network.model.named_parameters() if not name.startswith(prefix) and "bias" in name]
-    return "logits" if any(bool(bias.any()) for bias in biases) else "hidden_states"
+    return "hidden_states"
 
 
 @contextmanager

@@ -12,7 +12,7 @@ from . import ranks
 from .batches import Batch, padding_mask
 from .gradients import gradients_of_sequence
 from .networks import Network
-from .outputs import main_output, run_whole
+from .outputs import main_output, run_whole, speaks
 
 METRIC_SEQUENCES = 64
 """Sequences that give F well enough.
@@ -76,11 +76,11 @@ def drawn_likelihood(network: Network, batch: Batch, generator: torch.Generator)
     """
     hidden, output = run_whole(network, batch)
     logits = getattr(output, "logits", None)
-    speaks = logits is not None and logits.dim() > 2 and (hidden is None or logits.shape[-1] > hidden.shape[-1])
-    value = logits if speaks else hidden if hidden is not None else main_output(output)
+    spoken = speaks(hidden, logits)
+    value = logits if spoken else hidden if hidden is not None else main_output(output)
     assert value is not None
     value = value.to(torch.promote_types(value.dtype, torch.float32))
-    likelihood = _categorical(value, generator) if speaks else _gaussian(value, generator)
+    likelihood = _categorical(value, generator) if spoken else _gaussian(value, generator)
     mask = padding_mask(batch, value.shape, network.is_encoder_decoder)
     return likelihood.sum() if mask is None else likelihood[mask.to(likelihood.device)].sum()
 

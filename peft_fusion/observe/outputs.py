@@ -42,3 +42,18 @@ def main_output(output: Any) -> Tensor | None:
         return output
     values = output.values() if isinstance(output, dict) else output
     return next((value for value in values if isinstance(value, Tensor)), None)
+
+
+def speaks(hidden: Tensor | None, logits: Tensor | None) -> bool:
+    """Whether logits are those of a language model: at every position, of more classes than hidden states have dims."""
+    return logits is not None and logits.dim() > 2 and (hidden is None or logits.shape[-1] > hidden.shape[-1])
+
+
+def has_trained_head(model: nn.Module) -> bool:
+    """Whether a model's head, any part of it that is not its backbone, has been trained: not all biases are zero.
+
+    Before training all of them are; a head without a bias does not tell, and is taken to be new.
+    """
+    prefix = getattr(model, "base_model_prefix", "") or "\0"
+    biases = (p for name, p in model.named_parameters() if "bias" in name and not name.startswith(prefix))
+    return any(bool(bias.any()) for bias in biases)
