@@ -135,7 +135,7 @@ class Shrinking:
                 disable_tqdm=True,
                 seed=self.seed,
             )
-            found = distill(narrow, self.batches, args=arguments)
+            found = distill(narrow, self.batches, outputs="logits", args=arguments)  # the head is trained
         print(f"distilled {found.outputs}: {found.before:.4f} -> {found.after:.4f} on held-out sentences", flush=True)
         return narrow
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -33,8 +34,8 @@ class Distilled:
     """What came of a distillation.
 
     Args:
-        before: the distance from the original on held-out sequences before it: KL(original || narrow) in nats a
-            position, or the relative squared distance of hidden states.
+        before: the distance from the original on held-out sequences before it, or at the checkpoint it resumed from:
+            KL(original || narrow) in nats a position, or the relative squared distance of hidden states.
         after: the same of the model as it is now.
         outputs: what was compared, "logits" or "hidden_states".
         sequences: how many it learnt from.
@@ -110,7 +111,9 @@ def distill(
         compared = outputs if outputs != "auto" else chosen_outputs(original, collate(held_out[:1]))
     bare = extract_model_from_parallel(model, keep_torch_compile=False)
     with ExitStack() as stack:
-        arguments = args or stack.enter_context(default_arguments(host, len(learnt), seed))
+        arguments = copy.copy(args) if args else stack.enter_context(default_arguments(host, len(learnt), seed))
+        # by itself, before it trains, it would prepare the model for evaluation, and not anew for training by several
+        arguments.eval_on_start = True
         names = stack.enter_context(training(bare, host, train, original.model if teacher else None))
         stack.enter_context(random_states_kept())
         best, predictions = BestWeights(host, names), Predictions(compared, fused.is_encoder_decoder)
@@ -152,12 +155,11 @@ def _layers_to_share(
 def _run(trainer: Distillation, best: BestWeights) -> tuple[float, float]:
     """Trains; whatever ends it, the model has its best weights then."""
     try:
-        before = trainer.evaluate()["eval_loss"]
         trainer.train(resume_from_checkpoint=trainer.args.resume_from_checkpoint)
         trainer.evaluate()
     finally:
         best.put_back()
-    return before, best.best
+    return best.first, best.best
 
 
 def _check(

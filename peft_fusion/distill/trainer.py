@@ -74,7 +74,7 @@ class BestWeights(TrainerCallback):
 
     def __init__(self, host: nn.Module, names: Sequence[str]) -> None:
         self._host, self._names = host, list(names)
-        self.best = float("inf")
+        self.first, self.best = float("nan"), float("inf")
         self.keep()
 
     def keep(self) -> None:
@@ -101,6 +101,8 @@ class BestWeights(TrainerCallback):
     ) -> None:
         """Compares the weights with the best ones."""
         distance = (metrics or {}).get("eval_loss", float("inf"))
+        if self.best == float("inf"):
+            self.first = distance
         if distance < self.best:
             self.best = distance
             self.keep()
