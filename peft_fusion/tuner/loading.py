@@ -16,6 +16,7 @@ from transformers.core_model_loading import WeightRenaming
 from .config import FusionConfig
 from .state import check_fits, unfilled
 from .stored import FILES, MARK, StoredTensors, adapter_file, in_file, in_state_dict, renamed_by
+from .transaction import Snapshot
 
 Given = Mapping[str, Any]
 """What a loading method was called with: name -> argument."""
@@ -32,12 +33,25 @@ class Loading:
     find: Callable[[], StoredTensors]
     stored: StoredTensors | None = None
     target: tuple[nn.Module, str] | None = None
+    before: Snapshot | None = None
 
     def tensors(self, model: nn.Module, adapter_name: str) -> StoredTensors:
-        """What is stored of the adapter that is to be put in place in a model, or loaded into one."""
+        """What is stored of the adapter that is to be put in place in a model, or loaded into one.
+
+        That is asked for before anything of the model changes, so that all of it can be put back.
+        """
         self.stored = self.stored or self.find()
         self.target = (model, adapter_name)
+        self.before = self.before or Snapshot(model)
         return self.stored
+
+    def undo(self) -> None:
+        """Puts back what the model was, if a fusion adapter was being loaded into it."""
+        if self.before is not None and self.target is not None:
+            model, adapter_name = self.target
+            self.before.restore()
+            if not any(adapter_name in getattr(m, "mlp_fusion_narrow", ()) for m in model.modules()):
+                (getattr(model, "peft_config", None) or {}).pop(adapter_name, None)
 
 
 _current: ContextVar[Loading | None] = ContextVar("mlp_fusion_loading", default=None)
@@ -86,6 +100,9 @@ def _entered(loading: Loading) -> Iterator[None]:
         yield
         if loading.target is not None and (name := unfilled(*loading.target)) is not None:
             raise ValueError(f"Nothing was loaded into {name!r} of the adapter {loading.target[1]!r}.")
+    except BaseException:
+        loading.undo()
+        raise
     finally:
         _current.reset(token)
 

@@ -24,7 +24,7 @@ def all_or_nothing(model: nn.Module, *others: object) -> Iterator[None]:
         model: the model.
         others: further objects whose attributes are put back, or dicts.
     """
-    before = _Snapshot(model, others)
+    before = Snapshot(model, others)
     try:
         yield
     except BaseException:
@@ -32,10 +32,15 @@ def all_or_nothing(model: nn.Module, *others: object) -> Iterator[None]:
         raise
 
 
-class _Snapshot:
-    """What a model and some objects consist of."""
+class Snapshot:
+    """What a model and some objects consist of.
 
-    def __init__(self, model: nn.Module, others: tuple[object, ...]) -> None:
+    Args:
+        model: the model.
+        others: further objects, as for `all_or_nothing`.
+    """
+
+    def __init__(self, model: nn.Module, others: tuple[object, ...] = ()) -> None:
         modules = list(model.modules())
         configs = {
             id(c): c for m in modules if (c := getattr(m, "config", None)) is not None and hasattr(c, "__dict__")
