@@ -7,7 +7,7 @@ from .layouts import LAYOUTS, FFNLayout, register_layout
 from .linear import by_projection, check_finite, find_activation, projection_tensors, read_ffn, run_ffn
 from .originals import is_away, offload, require_originals, restore
 from .select import Selection, select_ffns, target_widths, with_own_width
-from .storage import blank_like, check_can_leave, device_of, is_quantised
+from .storage import blank_like, check_can_leave, device_of, fetching_hook, is_quantised, keep_away
 from .width import ConfigWidth, config_widths
 
 __all__ = [
@@ -28,10 +28,12 @@ __all__ = [
     "config_widths",
     "device_of",
     "features",
+    "fetching_hook",
     "find_activation",
     "find_ffns",
     "is_away",
     "is_quantised",
+    "keep_away",
     "offload",
     "places",
     "projection_tensors",

@@ -1,8 +1,13 @@
-"""How a projection stores its parameters: plainly, quantised, or partitioned over processes (DeepSpeed ZeRO-3)."""
+"""How a projection stores its parameters: plainly, quantised, partitioned over processes (DeepSpeed ZeRO-3), or away.
+
+Away means that accelerate has dispatched the model: the weights lie in CPU memory or on disk, and a hook fetches them
+for each forward pass.
+"""
 
 from __future__ import annotations
 
 import torch
+from accelerate.hooks import AlignDevicesHook, SequentialHook
 from peft.utils.integrations import dequantize_module_weight, gather_params_ctx
 from torch import Tensor, nn
 
@@ -22,10 +27,34 @@ def is_partitioned(module: nn.Module) -> bool:
     return any(hasattr(parameter, "ds_id") for parameter in module.parameters(recurse=False))
 
 
+def fetching_hook(module: nn.Module) -> AlignDevicesHook | None:
+    """Accelerate's hook that fetches a module's weights for its forward pass; None if they are in it all the time."""
+    hook = getattr(module, "_hf_hook", None)
+    hooks = hook.hooks if isinstance(hook, SequentialHook) else [hook]
+    return next((h for h in hooks if isinstance(h, AlignDevicesHook) and h.offload), None)
+
+
+def keep_away(module: nn.Module, beneath: bool) -> None:
+    """Has PEFT leave a projection's weights where they lie while a narrow one stands in for it, or no longer so.
+
+    Before it merges a layer PEFT fetches what is beneath it, and afterwards stores that anew as the layer's result;
+    what narrow weights are merged to is another module. It does not do so where hooks are in a sequence.
+
+    Args:
+        module: the projection.
+        beneath: whether a narrow one stands in for it.
+    """
+    hook = getattr(module, "_hf_hook", None)
+    if beneath and fetching_hook(module) is not None and not isinstance(hook, SequentialHook):
+        module._hf_hook = SequentialHook(hook)  # type: ignore[assignment]
+    elif not beneath and isinstance(hook, SequentialHook) and len(hook.hooks) == 1:
+        module._hf_hook = hook.hooks[0]
+
+
 def dense_parameter(module: nn.Module, name: str) -> Tensor | None:
     """A parameter of a projection as a plain tensor, detached; None if there is none of that name.
 
-    A view of the parameter where it is stored plainly, else a dequantised or gathered copy of it.
+    A view of the parameter where it is stored plainly, else a dequantised, gathered or fetched copy of it.
 
     Raises:
         ValueError: if it is quantised in a form that cannot be undone.
@@ -33,6 +62,10 @@ def dense_parameter(module: nn.Module, name: str) -> Tensor | None:
     parameter = getattr(module, name, None)
     if parameter is None:
         return None
+    hook = fetching_hook(module)
+    if parameter.is_meta and hook is not None and hook.weights_map is not None:
+        fetched: Tensor = hook.weights_map[name].to(hook.execution_device)
+        return fetched.detach()
     if hasattr(parameter, "ds_id"):
         with gather_params_ctx([parameter], modifier_rank=None):
             gathered: Tensor = parameter.detach().clone()
@@ -62,7 +95,8 @@ def blank_like(module: nn.Module) -> Tensor:
     dtype = weight.dtype
     if not weight.is_floating_point() or weight.element_size() < 2:
         dtype = getattr(getattr(weight, "quant_state", None), "dtype", torch.float32)
-    return torch.empty(0, dtype=dtype, device=weight.device)
+    hook = fetching_hook(module)
+    return torch.empty(0, dtype=dtype, device=weight.device if hook is None else hook.execution_device)
 
 
 def device_of(ffn: FFN) -> torch.device:
@@ -77,8 +111,10 @@ def check_can_leave(ffn: FFN, base_weights: str) -> None:
         ValueError: naming the projection and its class.
     """
     for name, module in zip(ffn.projection_names, ffn.base_projections, strict=True):
-        if base_weights == "offload" and (is_quantised(module) or is_partitioned(module)):
+        fetched = fetching_hook(module) is not None
+        if base_weights == "offload" and (fetched or is_quantised(module) or is_partitioned(module)):
             kind = "partitioned over processes" if is_partitioned(module) else "quantised"
+            kind = "offloaded by accelerate already" if fetched else kind
             raise ValueError(
                 f'`base_weights="offload"` cannot move `{name}` ({type(module).__name__}), whose weight is {kind}. '
                 'Choose "keep" or "discard".'

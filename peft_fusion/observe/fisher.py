@@ -89,7 +89,7 @@ def _categorical(logits: Tensor, generator: torch.Generator) -> Tensor:
     """The log-likelihood of a class drawn at every position: maps (..., classes) to (...)."""
     log_probabilities = logits.log_softmax(-1)
     uniform = torch.rand(logits.shape[:-1], generator=generator).to(logits)
-    below = log_probabilities.detach().exp().cumsum(-1) < uniform.unsqueeze(-1)
+    below = log_probabilities.detach().exp().cumsum_(-1) < uniform.unsqueeze(-1)
     drawn = below.sum(-1).clamp(max=logits.shape[-1] - 1)
     return log_probabilities.gather(-1, drawn.unsqueeze(-1)).squeeze(-1)
 

@@ -36,8 +36,9 @@ class Network:
 
     @property
     def device(self) -> torch.device:
-        """Where its inputs belong."""
-        return next(self.model.parameters()).device
+        """Where its inputs belong; accelerate moves them on from there, if it has dispatched the model."""
+        devices = (parameter.device for parameter in self.model.parameters())
+        return next((device for device in devices if device.type != "meta"), torch.device("cpu"))
 
     @property
     def is_encoder_decoder(self) -> bool:

@@ -10,7 +10,7 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import Tensor, nn
 
-from ..ffn import ConfigWidth, is_away, is_quantised, offload, require_originals, restore
+from ..ffn import ConfigWidth, fetching_hook, is_away, is_quantised, keep_away, offload, require_originals, restore
 from .narrow import NarrowInProjection as NarrowInProjection
 from .narrow import NarrowOutProjection as NarrowOutProjection
 from .narrow import NarrowProjection, plain_projection
@@ -33,6 +33,7 @@ class FusionLayer(nn.Module, BaseTunerLayer):
     def __init__(self, base_layer: nn.Module, dtype: torch.dtype | None = None) -> None:
         super().__init__()
         self.base_layer = base_layer
+        keep_away(base_layer, beneath=True)
         self._dtype = dtype
         self.mlp_fusion_narrow = nn.ModuleDict()
         self.config_widths: dict[str, ConfigWidth] = {}
@@ -145,7 +146,7 @@ class FusionLayer(nn.Module, BaseTunerLayer):
 
     def follow(self) -> None:
         """Takes an original that is set aside to where, and into the precision in which, the model is by now."""
-        if self.merged:
+        if self.merged and fetching_hook(self._wide[-1]) is None:
             now, wide = next(self.base_layer.parameters()), self._wide[-1]
             wide.to(now.device, None if is_quantised(wide) else now.dtype)
 
@@ -162,6 +163,7 @@ class FusionLayer(nn.Module, BaseTunerLayer):
         if not merge:
             self.unmerge()
             restore(self.base_layer)
+            keep_away(self.base_layer, beneath=False)
             return self.base_layer
         self.merge(safe_merge=safe_merge, adapter_names=adapter_names)
         for name in self.merged_adapters:
