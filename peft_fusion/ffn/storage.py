@@ -46,7 +46,7 @@ def keep_away(module: nn.Module, beneath: bool) -> None:
     """
     hook = getattr(module, "_hf_hook", None)
     if beneath and fetching_hook(module) is not None and not isinstance(hook, SequentialHook):
-        module._hf_hook = SequentialHook(hook)  # type: ignore[assignment]
+        module._hf_hook = SequentialHook(hook)
     elif not beneath and isinstance(hook, SequentialHook) and len(hook.hooks) == 1:
         module._hf_hook = hook.hooks[0]
 
