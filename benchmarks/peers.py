@@ -36,6 +36,8 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 import quality  # noqa: E402
 from common.fine_tuning import be_quiet  # noqa: E402
 from common.reporting import text_table  # noqa: E402
+from quality_report import show  # noqa: E402
+from quality_variants import LAYERS  # noqa: E402
 
 Row = dict[str, Any]
 Batches = list[dict[str, Tensor]]
@@ -47,14 +49,14 @@ def main() -> None:
     be_quiet()
     found = Comparison(options).rows()
     columns = list(dict.fromkeys(name for row in found for name in row))
-    print("\n" + text_table(columns, [[quality.show(row.get(column)) for column in columns] for row in found]))
+    print("\n" + text_table(columns, [[show(row.get(column)) for column in columns] for row in found]))
 
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--ratios", type=float, nargs="+", default=[0.5], help="fractions of neurons kept (default: .5)")
-    add("--layers", choices=tuple(quality.LAYERS), default="last", help="which layers are narrowed (default: last)")
+    add("--layers", choices=tuple(LAYERS), default="last", help="which layers are narrowed (default: last)")
     add("--text", choices=("other", "papers", "own"), default="own", help="what is calibrated on (default: own)")
     add("--rows", nargs="+", choices=list(ROWS), default=list(ROWS), metavar="ROW", help=", ".join(ROWS))
     add("--seed", type=int, default=0)
@@ -79,13 +81,13 @@ class Comparison(quality.SmolLM2):
                     done[key] |= self.measured(ROWS[name], ratio)
                     if options.json:
                         options.json.write_text(json.dumps(done, indent=1) + "\n")
-                print(key, {column: quality.show(value) for column, value in done[key].items()}, flush=True)
+                print(key, {column: show(value) for column, value in done[key].items()}, flush=True)
                 found.append(done[key])
         return found
 
     def measured(self, narrow: Callable[..., nn.Module], ratio: float) -> Row:
         """What one way to narrow the model comes to."""
-        layers = quality.LAYERS[self.options.layers] or list(range(len(self.model.model.layers)))
+        layers = LAYERS[self.options.layers] or list(range(len(self.model.model.layers)))
         batches = [{"input_ids": ids} for batch in self.batches for ids in batch["input_ids"].split(BATCH)]
         batches = batches[: self.sequences // BATCH]
         started = time.perf_counter()

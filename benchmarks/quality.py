@@ -38,47 +38,25 @@ from transformers import PreTrainedModel, TrainingArguments, default_data_collat
 from peft_fusion import FusionConfig, calibrate, distill, fidelity, tune_layers
 from peft_fusion.distill.setting import LEARNING_RATE
 from peft_fusion.observe.divergence import kl_divergences
-from peft_fusion.observe.own_inputs import OWN_LENGTH, own_inputs
+from peft_fusion.observe.own_inputs import OWN_LENGTH
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 
 import compare_methods  # noqa: E402
-from common import wordnet  # noqa: E402
 from common.fine_tuning import be_quiet  # noqa: E402
 from common.load_models import load_causal_lm  # noqa: E402
 from common.reporting import text_table  # noqa: E402
 from common.running_text import blocks, load_texts, perplexity  # noqa: E402
 from common.text_tasks import draw  # noqa: E402
+from quality_report import plot, show  # noqa: E402
+from quality_texts import other_text, own_text  # noqa: E402
+from quality_variants import LAYERS, VARIANTS  # noqa: E402
 
-LAYERS = {"last": list(range(14, 30)), "all": None}
 LENGTH = 256  # tokens of a sequence of data; the model's own have OWN_LENGTH
 TUNING_TOKENS, TUNING_STEPS = 2**16, 600
 BATCH_SEQUENCES = 16  # of a step of `distill`, of the model's own text; a quarter as many where they are longer
 TUNED = ("fusion", "pruning by saliency, refit")
-OFF_CHART = 5  # a plot shows perplexities of up to so many times the original's
 
-# row -> (settings of the configuration, or None for no fusion; whether it is calibrated)
-VARIANTS: dict[str, tuple[dict[str, Any] | None, bool]] = {
-    "original": (None, False),
-    "fusion as published": ({}, False),
-    "clustering": ({"method": "clustering"}, False),
-    "pruning by norms": ({"method": "pruning"}, False),
-    "random narrow FFNs": ({"init_weights": False}, False),
-    "pruning by saliency, no refit, no scale": ({"method": "pruning", "refit": "none", "scale": "none"}, True),
-    "pruning by saliency, refit, no scale": ({"method": "pruning", "scale": "none"}, True),
-    "pruning by saliency, refit": ({"method": "pruning"}, True),
-    "fusion, centroids, refit": ({"representative": "centroid"}, True),
-    "fusion, weight kernel, refit": ({"kernel": "weights"}, True),
-    "pruning by saliency, fisher kernel, refit": ({"method": "pruning", "kernel": "fisher"}, True),
-    "fusion, outputs kernel": ({"kernel": "outputs"}, True),
-    "fusion, ntk kernel": ({"kernel": "ntk"}, True),
-    "fusion": ({}, True),
-    "fusion, budget": ({"allocation": "fisher"}, True),
-    "pruning by saliency, fisher kernel, refit, budget": (
-        {"method": "pruning", "kernel": "fisher", "allocation": "fisher"},
-        True,
-    ),
-}
 Row = dict[str, Any]
 
 
@@ -259,52 +237,6 @@ class SmolLM2:
         ratio = statistics.mean(after / before for before, after in errors.values())
         tuned = perplexity(fused, self.held_out)
         return {"perplexity, tuned": tuned, "FFN error, tuned / before": ratio, "seconds to tune": seconds}
-
-
-def own_text(
-    model: PreTrainedModel, sequences: int, results: Path | None, seed: int = 0
-) -> list[dict[str, torch.Tensor]]:
-    """What the model samples itself; kept beside the finished rows, as it takes minutes."""
-    kept = results.with_suffix(f".own{sequences}x{OWN_LENGTH}.{seed}.safetensors") if results else None
-    return own_inputs(model, sequences, OWN_LENGTH, seed, kept)
-
-
-def other_text() -> list[str]:
-    """Text that is not from papers: WordNet's glosses, forty a document."""
-    if wordnet.NOUNS.is_file():
-        pairs = wordnet.glosses(wordnet.read_nouns())
-        return ["\n".join(gloss for gloss, _ in pairs[start : start + 40]) for start in range(0, 16000, 40)]
-    raise SystemExit("Calibration text of another domain: apt install wordnet-base, or use --text own.")
-
-
-def plot(rows: list[Row], path: Path) -> None:
-    """Perplexity against width, a line a variant; the legend names those that are off the chart."""
-    from matplotlib import colormaps
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(9, 4.5), layout="constrained")
-    axes = figure.add_subplot()
-    axes.set_prop_cycle(color=colormaps["tab20"].colors)  # type: ignore[attr-defined]
-    original = next((row["perplexity"] for row in rows if row["variant"] == "original"), None)
-    if original:
-        axes.axhline(original, color="black", linestyle=":", label="original")
-    for name in dict.fromkeys(row["variant"] for row in rows if row["variant"] != "original"):
-        for column, style in (("perplexity", "o-"), ("perplexity, tuned", "s--")):
-            points = sorted((row["ratio"], row[column]) for row in rows if row["variant"] == name and column in row)
-            label = name if column == "perplexity" else f"{name}, tuned"
-            if points and original and points[-1][1] > OFF_CHART * original:
-                axes.plot([], [], " ", label=f"{label}: above {min(p for _, p in points):,.0f}")
-            elif points:
-                axes.plot(*zip(*points, strict=True), style, label=label)
-    axes.set(xlabel="fraction of the neurons kept", ylabel="perplexity")
-    figure.legend(fontsize=7, loc="outside right")
-    figure.savefig(path, dpi=120)
-
-
-def show(value: Any) -> str:
-    if value is None:
-        return "-"
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,27 @@
+"""The texts of quality.py that are not the test's: what the model samples, and text of another domain."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from common import wordnet
+from transformers import PreTrainedModel
+
+from peft_fusion.observe.own_inputs import OWN_LENGTH, own_inputs
+
+
+def own_text(
+    model: PreTrainedModel, sequences: int, results: Path | None, seed: int = 0
+) -> list[dict[str, torch.Tensor]]:
+    """What the model samples itself; kept beside the finished rows, as it takes minutes."""
+    kept = results.with_suffix(f".own{sequences}x{OWN_LENGTH}.{seed}.safetensors") if results else None
+    return own_inputs(model, sequences, OWN_LENGTH, seed, kept)
+
+
+def other_text() -> list[str]:
+    """Text that is not from papers: WordNet's glosses, forty a document."""
+    if wordnet.NOUNS.is_file():
+        pairs = wordnet.glosses(wordnet.read_nouns())
+        return ["\n".join(gloss for gloss, _ in pairs[start : start + 40]) for start in range(0, 16000, 40)]
+    raise SystemExit("Calibration text of another domain: apt install wordnet-base, or use --text own.")
