@@ -111,6 +111,8 @@ def distill(
         compared = outputs if outputs != "auto" else chosen_outputs(original, collate(held_out[:1]))
     bare = extract_model_from_parallel(model, keep_torch_compile=False)
     with ExitStack() as stack:
+        if teacher is not None:
+            stack.enter_context(original.running())
         arguments = copy.copy(args) if args else stack.enter_context(default_arguments(host, len(learnt), seed))
         # by itself, before it trains, it would prepare the model for evaluation, and not anew for training by several
         arguments.eval_on_start = True

@@ -260,6 +260,18 @@ def test_a_teacher_of_its_own(tmp_path):
     assert not any(torch.equal(value, before[name]) for name, value in state(plain).items() if "proj" in name)
 
 
+def test_a_teacher_in_training_mode_teaches_without_dropout(tmp_path):
+    found = []
+    for train in (False, True):
+        given = BERT.make(hidden_dropout_prob=0.5).train(train)
+        flags = {name: parameter.requires_grad for name, parameter in given.named_parameters()}
+        settings = {"outputs": "hidden_states", "teacher": given, "args": arguments(tmp_path, max_steps=3)}
+        found.append(distill(narrow(BERT), batches(BERT), **settings))
+        assert given.training == train
+        assert {name: parameter.requires_grad for name, parameter in given.named_parameters()} == flags
+    assert found[0] == found[1]
+
+
 def test_heads_that_are_not_trained_are_passed_over(tmp_path):
     architecture = next(a for a in ARCHITECTURES if a.classifies)
     trained, fresh = narrow(architecture), narrow(architecture)
