@@ -7,6 +7,7 @@ from .layouts import LAYOUTS, FFNLayout, register_layout
 from .linear import by_projection, check_finite, find_activation, projection_tensors, read_ffn, run_ffn
 from .originals import is_away, offload, require_originals, restore
 from .select import Selection, select_ffns, target_widths
+from .stated import MARK, LayerList, StatedWidths, on_meta, state_widths, stock_class, stock_config
 from .storage import blank_like, check_can_leave, device_of, is_quantised
 from .width import ConfigWidth, config_widths
 
@@ -15,8 +16,11 @@ __all__ = [
     "LAYOUTS",
     "ConfigWidth",
     "FFNLayout",
+    "MARK",
+    "LayerList",
     "Listener",
     "Selection",
+    "StatedWidths",
     "across_neurons",
     "base_of",
     "blank_like",
@@ -33,6 +37,7 @@ __all__ = [
     "is_away",
     "is_quantised",
     "offload",
+    "on_meta",
     "places",
     "projection_tensors",
     "read_ffn",
@@ -41,6 +46,9 @@ __all__ = [
     "restore",
     "run_ffn",
     "select_ffns",
+    "state_widths",
+    "stock_class",
+    "stock_config",
     "target_widths",
     "unreadable_projections",
     "watch",

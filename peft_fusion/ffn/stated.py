@@ -1,0 +1,216 @@
+"""How a checkpoint can state the widths that a model's FFNs have: one for all, or layer by layer."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from .find import FFN, find_ffns
+from .width import width_place
+
+MARK = "narrow_layers"
+"""The class attribute by which a model is known that a generated modelling file has built."""
+
+PLAIN = (bool, int, float, str, tuple, type(None))
+NUMBERED = ("layer_idx", "layer_id", "layer_index", "layer_number", "idx")
+
+
+@dataclass(frozen=True)
+class LayerList:
+    """Layers that can be built one by one.
+
+    Args:
+        path: of their `nn.ModuleList` in the model.
+        owner: path of the module that holds the list and has the config which they are built from.
+        index: the argument by which their class takes a layer's number; "" if it takes none.
+    """
+
+    path: str
+    owner: str
+    index: str
+
+
+@dataclass
+class StatedWidths:
+    """What a config says for the FFNs of a model to have their widths.
+
+    Args:
+        stock: transformers' own class of the model.
+        values: (path of the config within the model's, attribute) -> the width of all FFNs that it governs.
+        layers: path of the config -> number of a layer -> attribute -> width, where they differ from each other.
+        lists: the lists of those layers; empty where the stock class builds the model.
+    """
+
+    stock: type[PreTrainedModel]
+    values: dict[tuple[str, str], int] = field(default_factory=dict)
+    layers: dict[str, dict[int, dict[str, int]]] = field(default_factory=dict)
+    lists: list[LayerList] = field(default_factory=list)
+
+    def apply(self, config: PreTrainedConfig) -> None:
+        """Writes the widths that all layers share into a config."""
+        for (place, attribute), width in self.values.items():
+            setattr(_reachable(config)[place], attribute, width)
+
+
+def state_widths(model: nn.Module, widths: Mapping[str, int]) -> StatedWidths:
+    """Finds out how a checkpoint states widths; the model is built on the meta device for that, without weights.
+
+    Args:
+        model: the model, with or without adapters; not changed.
+        widths: FFN name -> the width that it is to have; an FFN that is not named keeps the config's.
+
+    Raises:
+        ValueError: if no checkpoint can state them, naming the family and what would work.
+    """
+    stock = stock_class(model)
+    built = on_meta(stock, stock_config(model))
+    ffns = {ffn.name: ffn for ffn in find_ffns(built)}
+    foreign = [name for name in widths if name not in ffns]
+    if foreign:
+        raise ValueError(
+            f"{stock.__name__} has no FFN {foreign[0]!r}: modules were added to the model that its config does not "
+            "state. Save its state dict, and the code that builds it, yourself."
+        )
+    stated, reachable = StatedWidths(stock), _reachable(built.config)
+    for (place, attribute), governed in _by_place(built, list(ffns.values()), reachable).items():
+        wanted = {ffn.name: widths.get(ffn.name, ffn.width) for ffn in governed}
+        changed = [ffn for ffn in governed if wanted[ffn.name] != ffn.width]
+        if changed and not attribute:
+            raise ValueError(
+                f"No checkpoint of {stock.__name__} can state that the FFN {changed[0].name!r} is "
+                f"{wanted[changed[0].name]} wide: its config has no attribute for the width. Keep the adapter."
+            )
+        if changed and len(set(wanted.values())) == 1:
+            stated.values[place, attribute] = wanted[changed[0].name]
+        elif changed:
+            _state_by_layer(stated, built, place, attribute, {ffn.name: wanted[ffn.name] for ffn in governed})
+    return stated
+
+
+def stock_class(model: nn.Module) -> type[PreTrainedModel]:
+    """Transformers' own class of a model.
+
+    Raises:
+        ValueError: if it is a class of someone else's.
+    """
+    own = [c for c in type(model).__mro__ if c.__module__.startswith("transformers.models.")]
+    if own and (own[0] is type(model) or hasattr(type(model), MARK)):
+        return own[0]
+    raise ValueError(
+        f"{type(model).__name__} is no model class of transformers' own, so there is no stock code that its checkpoint "
+        "could be loaded by. Merge it (`merge_and_unload()`) and save its state dict beside the code that builds it."
+    )
+
+
+def stock_config(model: Any) -> PreTrainedConfig:
+    """A copy of a model's config without what an earlier export added to it."""
+    config = copy.deepcopy(model.config)
+    if hasattr(type(model), MARK):
+        for part in _reachable(config).values():
+            part.per_layer_config = None
+            vars(part).pop("allow_global_per_layer_attribute_access", None)
+        vars(config).pop("auto_map", None)
+    return config
+
+
+def on_meta(kind: type[PreTrainedModel], config: PreTrainedConfig) -> Any:
+    """A model without weights."""
+    with torch.device("meta"):
+        return kind(config)
+
+
+def _by_place(
+    model: Any, ffns: list[FFN], reachable: Mapping[str, PreTrainedConfig]
+) -> dict[tuple[str, str], list[FFN]]:
+    """The FFNs by the config, as a path within the model's, and the attribute that state their width."""
+    found = defaultdict(list)
+    for ffn in ffns:
+        configs, attribute = width_place(model, ffn)
+        paths = [path for path, config in reachable.items() if any(config is one for one in configs)]
+        found[(paths[0], attribute) if paths else ("", "")].append(ffn)
+    return found
+
+
+def _reachable(config: PreTrainedConfig) -> dict[str, PreTrainedConfig]:
+    """A config and those within it, by name; "" for itself."""
+    inner = {name: getattr(config, name, None) for name in getattr(config, "sub_configs", ())}
+    return {"": config, **{name: one for name, one in inner.items() if isinstance(one, PreTrainedConfig)}}
+
+
+def _state_by_layer(stated: StatedWidths, model: Any, place: str, attribute: str, widths: Mapping[str, int]) -> None:
+    """Adds what the layers of one group of FFNs need to have different widths."""
+    config = _reachable(model.config)[place]
+    layers = stated.layers.setdefault(place, {})
+    for name, width in widths.items():
+        found = _layer_of(model, name, getattr(config, "num_hidden_layers", None))
+        if found is None:
+            raise _refusal(model, attribute, f"{name!r} is in no list of `config.num_hidden_layers` layers")
+        layer_list, number = found
+        if layers.setdefault(number, {}).setdefault(attribute, width) != width:
+            raise _refusal(model, attribute, f"FFNs of layer {number} differ from each other")
+        if width != getattr(config, attribute) and (reason := _why_not_rebuilt(model, layer_list, number)):
+            raise _refusal(model, attribute, reason)
+        if layer_list not in stated.lists:
+            stated.lists.append(layer_list)
+
+
+def _refusal(model: Any, attribute: str, reason: str) -> ValueError:
+    return ValueError(
+        f"No checkpoint of {type(model).__name__} can state different widths under `config.{attribute}`: {reason}. "
+        "Fuse all of these FFNs to one width, which stock transformers loads (`intermediate_size`, or `ratio` without "
+        "`layers_to_transform`), or keep the adapter."
+    )
+
+
+def _layer_of(model: nn.Module, name: str, layers: int | None) -> tuple[LayerList, int] | None:
+    """The layer that an FFN is in, or is: its list, which has so many layers, and its number there."""
+    parts = name.split(".")
+    for depth in range(1, len(parts)):
+        path = ".".join(parts[:depth])
+        held = model.get_submodule(path)
+        if isinstance(held, nn.ModuleList) and len(held) == layers:
+            above = [".".join(parts[:d]) for d in range(depth - 1, -1, -1)]
+            owner = next(one for one in above if hasattr(model.get_submodule(one), "config"))
+            arguments = inspect.signature(type(held[int(parts[depth])])).parameters
+            index = next((one for one in NUMBERED if one in arguments), "")
+            return LayerList(path, owner, index), int(parts[depth])
+    return None
+
+
+def _why_not_rebuilt(model: Any, layer_list: LayerList, number: int) -> str | None:
+    """Why a layer's class, called with a config (and its number), does not give what the model has there, if so."""
+    layer = model.get_submodule(layer_list.path)[number]
+    config = model.get_submodule(layer_list.owner).config
+    call = f"{type(layer).__name__}(config{', ' + layer_list.index + '=' + str(number) if layer_list.index else ''})"
+    try:
+        with torch.device("meta"):
+            made = type(layer)(config, **({layer_list.index: number} if layer_list.index else {}))
+    except (TypeError, AttributeError) as error:
+        return f"`{call}` cannot be called ({error})"
+    for (name, said), (_, told) in zip(_description(made), _description(layer), strict=False):
+        if said != told:
+            return f"`{call}` is not the layer that the model has at `{layer_list.path}.{number}` (see its `{name}`)"
+    same = len(list(made.modules())) == len(list(layer.modules()))
+    return None if same else f"`{call}` has other parts than the layer at `{layer_list.path}.{number}`"
+
+
+def _description(layer: nn.Module) -> Iterator[tuple[str, Any]]:
+    """What a layer consists of, part by part: classes, shapes and plain settings."""
+    for name, module in layer.named_modules():
+        shapes = {key: tuple(p.shape) for key, p in module.named_parameters(recurse=False)}
+        settings = {
+            key: value
+            for key, value in vars(module).items()
+            if isinstance(value, PLAIN)
+            and not key.startswith("_")
+            and key not in ("training", "gradient_checkpointing")
+        }
+        yield name or "class", (name, type(module), shapes, settings)
