@@ -52,7 +52,7 @@ def _check_weights(host: nn.Module) -> None:
     for name, module in host.named_modules():
         if isinstance(module, nn.Linear) and is_quantised(module):
             raise ValueError(
-                f"`{name}` is quantised, and merging a narrow FFN into a quantised checkpoint is not possible. Load the "
+                f"`{name}` is quantised, and a narrow FFN cannot be merged into a quantised checkpoint. Load the "
                 "model unquantised, put the adapter on it (`PeftModel.from_pretrained`), and export that."
             )
     for name, tensor in (*host.named_parameters(), *host.named_buffers()):

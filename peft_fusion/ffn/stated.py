@@ -71,7 +71,10 @@ def state_widths(model: nn.Module, widths: Mapping[str, int]) -> StatedWidths:
         ValueError: if no checkpoint can state them, naming the family and what would work.
     """
     stock = stock_class(model)
-    built = on_meta(stock, stock_config(model))
+    try:
+        built = on_meta(stock, stock_config(model))
+    except (TypeError, AttributeError, NotImplementedError, RuntimeError) as error:
+        raise ValueError(f"{stock.__name__} cannot be built of its config without weights ({error}).") from error
     ffns = {ffn.name: ffn for ffn in find_ffns(built)}
     foreign = [name for name in widths if name not in ffns]
     if foreign:
