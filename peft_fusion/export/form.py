@@ -71,9 +71,7 @@ class CheckpointForm:
 
     def states(self, config: dict[str, Any]) -> dict[str, Any]:
         """A config as JSON, with what the modelling file needs."""
-        for place, layers in self.stated.layers.items():
-            part = config[place] if place else config
-            part["per_layer_config"] = {str(number): own for number, own in sorted(layers.items())}
+        config = self.stated.by_layer(config)
         if not self.text:
             return config
         return {**config, "architectures": [narrow_name(self.stated.stock)], "auto_map": self.autos}

@@ -59,6 +59,14 @@ class StatedWidths:
         for (place, attribute), width in self.values.items():
             setattr(_reachable(config)[place], attribute, width)
 
+    def by_layer(self, config: dict[str, Any]) -> dict[str, Any]:
+        """Adds the widths that differ to a config in JSON, as transformers' `per_layer_config`."""
+        config = dict(config)
+        for place, layers in self.layers.items():
+            told = {"per_layer_config": {str(number): own for number, own in sorted(layers.items())}}
+            config = {**config, **({place: {**config[place], **told}} if place else told)}
+        return config
+
 
 def state_widths(model: nn.Module, widths: Mapping[str, int]) -> StatedWidths:
     """Finds out how a checkpoint states widths; the model is built on the meta device for that, without weights.
@@ -95,6 +103,7 @@ def state_widths(model: nn.Module, widths: Mapping[str, int]) -> StatedWidths:
             stated.values[place, attribute] = wanted[changed[0].name]
         elif changed:
             _state_by_layer(stated, built, place, attribute, {ffn.name: wanted[ffn.name] for ffn in governed})
+            _check_readable(stated, built, attribute)
     return stated
 
 
@@ -163,6 +172,14 @@ def _state_by_layer(stated: StatedWidths, model: Any, place: str, attribute: str
             raise _refusal(model, attribute, reason)
         if layer_list not in stated.lists:
             stated.lists.append(layer_list)
+
+
+def _check_readable(stated: StatedWidths, model: Any, attribute: str) -> None:
+    """Refuses what transformers' own config cannot be read with (BART's, whose halves have attributes of their own)."""
+    try:
+        type(model.config).from_dict(stated.by_layer(model.config.to_dict()))
+    except RuntimeError as error:
+        raise _refusal(model, attribute, f"transformers cannot read such a {type(model.config).__name__}") from error
 
 
 def _refusal(model: Any, attribute: str, reason: str) -> ValueError:

@@ -18,15 +18,8 @@ def vit():
     return tf.ViTForImageClassification(tf.ViTConfig(**SIZES, image_size=16, patch_size=8, num_labels=3))
 
 
-def bart():
-    heads = {"encoder_attention_heads": 4, "decoder_attention_heads": 4, "encoder_layers": 2, "decoder_layers": 2}
-    config = tf.BartConfig(vocab_size=99, d_model=32, **POSITIONS, **heads, encoder_ffn_dim=64, decoder_ffn_dim=48)
-    return tf.BartForConditionalGeneration(config)
-
-
 MAKERS = {a.name: a.make for a in ARCHITECTURES} | {
     "vit": vit,
-    "bart": bart,
     "headless": lambda: tf.BertModel(tf.BertConfig(**SIZES, **POSITIONS)),
 }
 

@@ -155,6 +155,20 @@ def t5_of_two_lengths():
         return get_peft_model(model, FusionConfig(ratio=0.5, layers_to_transform=[1]))
 
 
+def bart():
+    sizes = {
+        "vocab_size": 99,
+        "d_model": 32,
+        "max_position_embeddings": 64,
+        "encoder_ffn_dim": 64,
+        "decoder_ffn_dim": 48,
+    }
+    heads = {"encoder_attention_heads": 4, "decoder_attention_heads": 4, "encoder_layers": 2, "decoder_layers": 2}
+    model = tf.BartForConditionalGeneration(tf.BartConfig(**sizes, **heads))
+    with pytest.warns(UserWarning, match="could not be exported"):
+        return get_peft_model(model, FusionConfig(ratio=0.5, layers_to_transform=[1]))
+
+
 def bloom():
     sizes = {"vocab_size": 99, "hidden_size": 32, "n_layer": 2, "n_head": 4}
     return get_peft_model(tf.BloomForCausalLM(tf.BloomConfig(**sizes)), FusionConfig(ratio=0.5))
@@ -170,6 +184,7 @@ REFUSED = {
         t5_of_two_lengths,
         "num_hidden_layers",
     ),
+    "halves with attributes of their own": (bart, "transformers cannot read such a BartConfig"),
     "no width in the config": (bloom, "no attribute for the width"),
 }
 
