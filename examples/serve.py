@@ -4,9 +4,9 @@
     python examples/serve.py HuggingFaceTB/SmolLM2-135M small
     python examples/serve.py HuggingFaceTB/SmolLM2-135M small --engine vllm
 
-Each engine runs each model in a process of its own (common/serve_engines.py). It is said whether an engine generates the same
-tokens as transformers does, and how many a second. llama.cpp reads gguf files: name them by --gguf ORIGINAL EXPORTED
-(llama.cpp's `convert_hf_to_gguf.py` makes them of folders with one width).
+Each engine runs each model in a process of its own (common/serve_engines.py). It is said whether an engine generates
+the same tokens as transformers does, and how many a second. llama.cpp reads gguf files: name them by
+`--gguf ORIGINAL EXPORTED` (llama.cpp's `convert_hf_to_gguf.py` makes them of folders with one width).
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ from __future__ import annotations
 import argparse
 
 from common.command_line import positive, run
-from common.serve_engines import ENGINES, missing
 from common.fresh_process import run_fresh
 from common.reporting import text_table
+from common.serve_engines import ENGINES, missing
 
 PROMPT = "The history of science is"
 

@@ -85,7 +85,9 @@ def test_fuse_after_calibration(run, base, tmp_path, text, inputs):
 
 
 def test_fuse_checks_what_it_wrote(run, base, tmp_path, monkeypatch):
-    monkeypatch.setattr("peft_fusion.export.check.reloaded", lambda jobs: [(torch.zeros(1, 16, 99), {})])
+    monkeypatch.setattr(
+        sys.modules["peft_fusion.export.check"], "reloaded", lambda jobs: [(torch.zeros(1, 16, 99), {})]
+    )
     status, _, err = run("fuse", base, tmp_path / "small")
     assert status == 1 and "differ from the fused" in err and not (tmp_path / "small").exists()
 
@@ -158,7 +160,7 @@ def test_memory_is_said_to_be_out(run, base, monkeypatch):
     def full(*args, **kwargs):
         raise torch.OutOfMemoryError("no room")
 
-    monkeypatch.setattr("peft_fusion.cli.compare.load_model", full)
+    monkeypatch.setattr(sys.modules["peft_fusion.cli.compare"], "load_model", full)
     status, _, err = run("compare", base, base)
     assert status == 1 and "error: out of memory" in err
 

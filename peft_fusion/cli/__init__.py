@@ -54,4 +54,4 @@ def told(error: BaseException) -> str:
     line = " ".join(str(error).split()) or type(error).__name__
     if is_out_of_memory(error):
         return f"out of memory ({line}). Try --dtype bfloat16, fewer --sequences, or a machine with more."
-    return line.replace("set the option `trust_remote_code=True`", "pass --trust-remote-code")
+    return line

@@ -114,6 +114,8 @@ def _loading_class(name: str, trust: bool) -> Any:
     """The class of transformers that loads a model with the head that it was saved with."""
     config = AutoConfig.from_pretrained(name, trust_remote_code=trust)
     autos = [auto for auto in getattr(config, "auto_map", None) or {} if auto.startswith("AutoModel")]
+    if autos and not trust:
+        raise ValueError(f"{name} is loaded by code that comes with it. Read that, then pass --trust-remote-code.")
     if autos:
         return getattr(transformers, next((auto for auto in autos if auto != "AutoModel"), "AutoModel"))
     named = [getattr(transformers, kind, None) for kind in config.architectures or ()]

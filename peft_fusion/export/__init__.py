@@ -148,8 +148,11 @@ def _made(
     adapters = active_configs(host)
     now = sum(parameter.numel() for parameter in merged.parameters())
     grown = sum(before - after for before, after in _sizes(host, merged))
+    origin = str(getattr(host.config, "_name_or_path", "") or "")
+    local = os.path.exists(origin)  # where it lies on this machine is of no use elsewhere, and no one's business
     return Made(
-        base=str(getattr(host.config, "_name_or_path", "") or ""),
+        base=Path(origin).name if local else origin,
+        on_hub=bool(origin) and not local,
         kind=form.loaded_by,
         mixed=form.needs_code,
         widths={name: both for name, both in widths.items() if both[0] != both[1]},

@@ -47,7 +47,8 @@ class Made:
     """What there is to tell of an exported model.
 
     Args:
-        base: the model that it was made of, as `from_pretrained` took it; "" if unknown.
+        base: the model that it was made of: its Hub id, or the name of a local folder; "" if unknown.
+        on_hub: whether that is a Hub id, which the card's metadata may name.
         kind: the class that loads it, of transformers.
         mixed: whether it comes with a modelling file.
         widths: FFN name -> neurons before and now, where these are known to differ.
@@ -59,6 +60,7 @@ class Made:
     """
 
     base: str
+    on_hub: bool
     kind: str
     mixed: bool
     widths: Mapping[str, tuple[int, int]]
@@ -77,7 +79,7 @@ def card(made: Made, title: str) -> str:
         title: the model's name.
     """
     metadata = ["library_name: transformers", "tags:", "- peft-fusion"]
-    if made.base:
+    if made.on_hub:
         metadata += [f"base_model: {made.base}"]
     before, now = made.parameters
     rows = "\n".join(f"| `{name}` | {wide} | {narrow} |" for name, (wide, narrow) in made.widths.items())
@@ -101,7 +103,7 @@ def _loading(made: Made) -> str:
     trust = ", trust_remote_code=True" if made.mixed else ""
     tokenizer = f'tokenizer = AutoTokenizer.from_pretrained("{"." if made.tokenizer else made.base}")'
     lines = [f"from transformers import {made.kind}", "", f'model = {made.kind}.from_pretrained("."{trust})']
-    if made.tokenizer or made.base:
+    if made.tokenizer or made.on_hub:
         lines[0] += ", AutoTokenizer"
         lines.append(tokenizer)
     return "\n".join(lines)

@@ -44,6 +44,11 @@ class CheckpointForm:
             text = modelling_file(stated, base, prefix)
             autos = auto_map(stated, base, prefix, config.model_type)
             kinds = [kind for kind in kinds if kind in autos]
+            if not kinds:
+                raise ValueError(
+                    f"None of transformers' auto classes loads {stated.stock.__name__}, and a model whose FFNs differ "
+                    "in width is loaded by no other. Fuse all FFNs to one width, or keep the adapter."
+                )
         return cls(stated, config, text, autos, kinds[0] if kinds else stated.stock.__name__)
 
     @property

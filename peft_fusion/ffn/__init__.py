@@ -3,11 +3,12 @@
 from .between import check_between
 from .capture import Listener, capture, watch
 from .find import FFN, across_neurons, base_of, features, find_ffns, places, unreadable_projections
+from .layers import LayerList
 from .layouts import LAYOUTS, FFNLayout, register_layout
 from .linear import by_projection, check_finite, find_activation, projection_tensors, read_ffn, run_ffn
 from .originals import is_away, offload, require_originals, restore
 from .select import Selection, select_ffns, target_widths
-from .stated import MARK, LayerList, StatedWidths, on_meta, state_widths, stock_class, stock_config
+from .stated import MARK, StatedWidths, on_meta, state_widths, stock_class, stock_config
 from .storage import blank_like, check_can_leave, device_of, is_quantised
 from .width import ConfigWidth, config_widths
 
