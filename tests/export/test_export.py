@@ -96,6 +96,29 @@ def test_a_fused_plain_model_and_what_was_exported_before(tmp_path):
     assert second.needs_code
 
 
+def test_layers_that_were_built_anew_are_as_good_as_the_others(tmp_path):
+    done = unchecked(fused([1]), tmp_path / "small")
+    loaded = tf.AutoModelForCausalLM.from_pretrained(done.directory, trust_remote_code=True)
+    assert all(module.config is loaded.config for module in loaded.modules() if hasattr(module, "config"))
+    config = tf.AutoConfig.from_pretrained(done.directory)
+    made = tf.AutoModelForCausalLM.from_config(config, trust_remote_code=True)
+    deviations = [float(layer.mlp.up_proj.weight.std()) for layer in made.model.layers]
+    assert deviations == pytest.approx([config.initializer_range] * 3, rel=0.15)
+    headless = tf.AutoModel.from_pretrained(done.directory, trust_remote_code=True)
+    assert type(headless).__name__ == "NarrowLlamaModel"
+    assert torch.equal(headless.layers[1].mlp.up_proj.weight, loaded.model.layers[1].mlp.up_proj.weight)
+
+
+def test_embeddings_that_training_has_parted(tmp_path):
+    model = get_peft_model(LLAMA.make(tie_word_embeddings=True), half(LLAMA, modules_to_save=["lm_head"]))
+    with torch.no_grad():
+        model.base_model.model.lm_head.modules_to_save["default"].weight.mul_(2)
+    done = unchecked(model, tmp_path / "small")
+    plain = tf.AutoModelForCausalLM.from_pretrained(done.directory).eval()
+    expected = model.eval()(**LLAMA.batch()).logits
+    torch.testing.assert_close(plain(**LLAMA.batch()).logits, expected, atol=1e-5, rtol=1e-4)
+
+
 def test_lora_beside_fusion_is_merged_as_well(tmp_path, unchanged):
     model = get_peft_model(LLAMA.make(), half(LLAMA), adapter_name="fusion", mixed=True)
     model.add_adapter("lora", LoraConfig(target_modules=["q_proj", "v_proj"], init_lora_weights=False))
