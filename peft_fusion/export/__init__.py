@@ -102,6 +102,8 @@ def export(
     form = CheckpointForm.of(host, stated)
     form.check({name: now for name, (_, now) in widths.items()})
     tokenizer = _tokenizer_of(host) if tokenizer is True else tokenizer
+    if tokenizer is not None and not hasattr(tokenizer, "save_pretrained"):
+        raise ValueError(f"`tokenizer` must be a tokenizer, a processor, True or None, but got {tokenizer!r}.")
     batch = check if isinstance(check, Mapping) else random_batch(host) if check else None
     expected = None if batch is None else outputs_to_match(host, batch)
     merged = merged_copy(host)

@@ -262,6 +262,8 @@ def test_a_checkpoint_that_computes_something_else_is_not_left(tmp_path, monkeyp
 def test_the_tokenizer_of_the_model_it_was_made_of(tmp_path):
     LLAMA.make().save_pretrained(tmp_path / "base")
     model = get_peft_model(tf.AutoModelForCausalLM.from_pretrained(tmp_path / "base"), half(LLAMA))
+    with pytest.raises(ValueError, match="must be a tokenizer"):
+        unchecked(model, tmp_path / "small", tokenizer="base")
     with pytest.raises(ValueError, match="no tokenizer in the files"):
         unchecked(model, tmp_path / "small", tokenizer=True)
     tokenizer().save_pretrained(tmp_path / "base")
