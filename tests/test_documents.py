@@ -9,7 +9,9 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 PACKAGE, EXAMPLES = ROOT / "peft_fusion", ROOT / "examples"
-documents = pytest.mark.parametrize("name", ["README.md", "docs/method.md", "docs/results.md", "examples/README.md"])
+documents = pytest.mark.parametrize(
+    "name", ["README.md", "docs/method.md", "docs/results.md", "docs/export.md", "examples/README.md"]
+)
 
 
 def read(name: str) -> str:

@@ -13,7 +13,7 @@ from walls import at_the_root, circles, globals_of_others, hooks, projections, r
 import peft_fusion
 
 ROOT = Path(peft_fusion.__file__).parent
-PUBLIC = ["FusionConfig", "FusionModel", "calibrate", "distill", "fidelity", "fuse", "teacher", "tune_layers"]
+PUBLIC = ["FusionConfig", "FusionModel", "calibrate", "distill", "export", "fidelity", "fuse", "teacher", "tune_layers"]
 
 
 @pytest.mark.parametrize("check", [rooms, circles, hooks, projections, globals_of_others, at_the_root])

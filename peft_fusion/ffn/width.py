@@ -39,9 +39,12 @@ class ConfigWidth:
             if self.attribute
             else "its config has no attribute for the width of its FFNs"
         )
+        remedy = "Keep the adapter."
+        if self.attribute:
+            remedy = "Write it by `peft_fusion.export(model, directory)`, keep the adapter, or fuse to one width."
         warnings.warn(
             f"The merged model works, but `save_pretrained` gives a checkpoint that stock transformers cannot "
-            f"load, because {reason}. Keep the adapter, or fuse every FFN to one width.",
+            f"load, because {reason}. {remedy}",
             stacklevel=3,
         )
 
@@ -57,7 +60,7 @@ def config_widths(model: nn.Module, ffns: Sequence[FFN], widths: Mapping[str, in
     Returns:
         FFN name -> `ConfigWidth`, for those to fuse.
     """
-    places = {ffn.name: _place(model, ffn) for ffn in ffns}
+    places = {ffn.name: width_place(model, ffn) for ffn in ffns}
     governed = defaultdict(set)
     for ffn in ffns:
         configs, attribute = places[ffn.name]
@@ -70,8 +73,8 @@ def config_widths(model: nn.Module, ffns: Sequence[FFN], widths: Mapping[str, in
     return result
 
 
-def _place(model: nn.Module, ffn: FFN) -> tuple[list[Any], str]:
-    """The configs from an FFN up to the model's own that state its width, and the attribute's name."""
+def width_place(model: nn.Module, ffn: FFN) -> tuple[list[Any], str]:
+    """The configs from an FFN up to the model's own that state its width, and the attribute's name; [], "" if none."""
     configs = _configs_above(model, ffn.name)
     for attribute in WIDTH_ATTRIBUTES:
         if attribute.startswith(("encoder_", "decoder_")) and attribute[:8] not in f".{ffn.name}.".replace(".", "_"):

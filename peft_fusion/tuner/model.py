@@ -19,7 +19,7 @@ from .handover import allocated_widths, calibrated_for, drop_calibrated
 from .layer import FusionLayer
 from .loading import tensors_to_come
 from .narrow import NarrowProjection
-from .plan import PlannedFFN, plan_ffns
+from .plan import PlannedFFN, plan_ffns, warn_of_unstatable
 from .recipe import asked_recipe
 from .state import keys_to_load, narrow_state_dict, recorded_scale
 from .stored import in_state_dict
@@ -179,6 +179,7 @@ class FusionModel(GuardedTuner):
     @staticmethod
     def _made_anew(model: nn.Module, config: FusionConfig, plan: list[PlannedFFN]) -> list[list[NarrowProjection]]:
         """The narrow projections of every planned FFN, fused or random."""
+        warn_of_unstatable(model, plan)
         asked = asked_recipe(config)
         calibrated = calibrated_for(model, plan, asked) if config.init_weights else None
         recipe = settle(asked) if calibrated is None else calibrated.recipe

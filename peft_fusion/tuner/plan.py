@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
+from transformers import PreTrainedModel
 
 from ..ffn import (
     FFN,
@@ -19,6 +21,7 @@ from ..ffn import (
     find_ffns,
     places,
     select_ffns,
+    state_widths,
     target_widths,
     unreadable_projections,
 )
@@ -112,6 +115,17 @@ def plan_ffns(
     kept = {ffn.name: ffn.width for ffn in ffns} if low_rank else {}  # merged, they are as wide as ever
     stated = config_widths(model, ffns, {name: kept.get(name, width) for name, width in widths.items()})
     return [PlannedFFN(ffn, widths[ffn.name], stated[ffn.name]) for ffn in chosen]
+
+
+def warn_of_unstatable(model: nn.Module, plan: Sequence[PlannedFFN]) -> None:
+    """Warns where widths will differ that no checkpoint of the merged model can state, while that is easily changed."""
+    differ = [planned for planned in plan if planned.config_width.attribute and planned.config_width.width is None]
+    if not differ or not isinstance(model, PreTrainedModel):
+        return
+    try:
+        state_widths(model, {planned.ffn.name: planned.width for planned in plan})
+    except ValueError as error:
+        warnings.warn(f"Merged, this model could not be exported. {error}", stacklevel=2)
 
 
 def _configured_widths(ffns: list[FFN], config: FusionConfig) -> dict[str, int]:

@@ -1,0 +1,93 @@
+"""Greedy generation by transformers, vLLM and llama.cpp. serve.py calls it in fresh processes."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from importlib.metadata import version
+from importlib.util import find_spec
+from typing import Any
+
+ENGINES = {"transformers": "transformers", "vllm": "vllm", "llama.cpp": "llama_cpp"}
+"""Engine -> the module that it comes in."""
+
+CONTEXT = 256
+
+
+def missing(engine: str) -> str | None:
+    """The module that an engine lacks, if it is not installed."""
+    return None if find_spec(ENGINES[engine]) else ENGINES[engine]
+
+
+def generate(engine: str, model: str, tokenizer: str, prompt: str, tokens: int) -> dict[str, Any]:
+    """Continues a prompt, twice: the second time is taken.
+
+    Args:
+        engine: a key of `ENGINES`.
+        model: Hub id or path; for llama.cpp a gguf file.
+        tokenizer: Hub id or path of the tokenizer, the same for all engines.
+        prompt: the text.
+        tokens: how many to make.
+
+    Returns:
+        "tokens": their ids; "per_second": how many were made a second; "version": the engine's.
+    """
+    from transformers import AutoTokenizer
+
+    ids = AutoTokenizer.from_pretrained(tokenizer)(prompt)["input_ids"]
+    make = {"transformers": _transformers, "vllm": _vllm, "llama.cpp": _llama_cpp}[engine](model)
+    make(ids, 2)
+    started = time.perf_counter()
+    made = make(ids, tokens)
+    seconds = time.perf_counter() - started
+    package = {"llama.cpp": "llama_cpp_python"}.get(engine, engine)
+    return {"tokens": made, "per_second": len(made) / seconds, "version": _version(package)}
+
+
+def _transformers(path: str) -> Callable[[list[int], int], list[int]]:
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(path, trust_remote_code=True, dtype=torch.float32).eval()
+
+    def make(ids: list[int], tokens: int) -> list[int]:
+        options = {"do_sample": False, "max_new_tokens": tokens, "min_new_tokens": tokens}
+        prompt = torch.tensor([ids])
+        return model.generate(prompt, attention_mask=torch.ones_like(prompt), **options)[0, len(ids) :].tolist()
+
+    return make
+
+
+def _vllm(path: str) -> Callable[[list[int], int], list[int]]:
+    from vllm import LLM, SamplingParams
+
+    engine = LLM(path, trust_remote_code=True, dtype="float32", enforce_eager=True, max_model_len=CONTEXT)
+
+    def make(ids: list[int], tokens: int) -> list[int]:
+        parameters = SamplingParams(temperature=0, max_tokens=tokens, min_tokens=tokens)
+        return list(engine.generate({"prompt_token_ids": ids}, parameters)[0].outputs[0].token_ids)
+
+    return make
+
+
+def _llama_cpp(path: str) -> Callable[[list[int], int], list[int]]:
+    from itertools import islice
+
+    from llama_cpp import Llama
+
+    engine = Llama(path, n_ctx=CONTEXT, verbose=False)
+
+    def make(ids: list[int], tokens: int) -> list[int]:
+        engine.reset()
+        return list(islice(engine.generate(ids, temp=0), tokens))
+
+    return make
+
+
+def _version(package: str) -> str:
+    for name in (package, f"{package}-cpu"):
+        try:
+            return version(name)
+        except ModuleNotFoundError:  # `PackageNotFoundError` is one
+            continue
+    return "unknown"

@@ -1,0 +1,122 @@
+"""`peft-fusion fuse` and `export`: a smaller model out of a model, or out of a model and its adapter."""
+
+from __future__ import annotations
+
+from enum import Enum
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from peft import get_peft_model
+
+from ..calibrate import calibrate as calibrate_model
+from ..distill import distill as distill_model
+from ..export import Exported, export
+from ..export.folder import check_free
+from ..fusing.methods import METHODS
+from ..observe.own_inputs import OWN_LENGTH
+from ..tuner.config import ALLOCATIONS, FusionConfig
+from .models import load_adapter, load_model, load_tokenizer, text_batches
+from .options import Check, Dtype, Json, Length, Original, Out, Overwrite, Precision, Trust, layer_numbers, show
+
+Allocation = Enum("Allocation", {name: name for name in ALLOCATIONS}, type=str)  # type: ignore[misc]
+Method = Enum("Method", {name: name for name in METHODS}, type=str)  # type: ignore[misc]
+OWN = "own"
+
+
+def fuse(
+    model: Original,
+    out: Out,
+    ratio: Annotated[float, typer.Option(help="Fraction of each FFN's neurons that is kept.")] = 0.5,
+    width: Annotated[int | None, typer.Option(help="The width itself; wins over --ratio.", min=1)] = None,
+    layers: Annotated[str, typer.Option(help='Layers whose FFNs are fused: "all", or such as 14-29 or 3,5,8.')] = "all",
+    calibrate: Annotated[
+        str | None,
+        typer.Option(help='Text file to calibrate on, or "own" for text that the model samples; without, no data.'),
+    ] = None,
+    sequences: Annotated[int | None, typer.Option(help="Sequences to calibrate on.", min=4)] = None,
+    length: Length = OWN_LENGTH,
+    allocation: Annotated[
+        Allocation,  # type: ignore[valid-type]
+        typer.Option(help="Of the neurons: uniform, or fisher: where they count, after --calibrate."),
+    ] = Allocation.uniform,  # type: ignore[attr-defined]
+    distill: Annotated[
+        int | None,
+        typer.Option(
+            help="Then learn the original's predictions on so many tokens: of --calibrate's file, or own.", min=1
+        ),
+    ] = None,
+    method: Annotated[Method, typer.Option(help="How narrow FFNs are made.")] = Method.fusion,  # type: ignore[attr-defined]
+    seed: int = 0,
+    dtype: Dtype = Precision.auto,
+    overwrite: Overwrite = False,
+    check: Check = True,
+    trust: Trust = False,
+    json: Json = False,
+) -> None:
+    """Makes a model's FFNs narrower, and writes a plain model with tokenizer and card.
+
+    One width for all layers gives a checkpoint that loads everywhere; with --layers widths differ, and the result is
+    loaded by trust_remote_code=True.
+
+    Example: peft-fusion fuse HuggingFaceTB/SmolLM2-135M small --ratio 0.5 --layers 14-29 --calibrate own
+    """
+    settings: dict[str, Any] = {
+        "ratio": ratio,
+        "intermediate_size": width,
+        "layers_to_transform": layer_numbers(layers),
+        "allocation": allocation.value,  # type: ignore[attr-defined]
+        "method": method.value,
+        "seed": seed,
+    }
+    config = FusionConfig(**settings)
+    check_free(out.absolute(), overwrite)
+    file = Path(calibrate) if calibrate not in (None, OWN) else None
+    if file is not None and not file.is_file():
+        raise ValueError(f'--calibrate {file}: no such file. Give a text file, or "{OWN}".')
+    loaded, tokenizer = load_model(model, dtype.value, trust), load_tokenizer(model, needed=False)
+    if calibrate is not None:
+        batches = text_batches(file, model, sequences or 128, length) if file else None
+        calibrate_model(loaded, config, batches, sequences=sequences, length=length)
+    fused = get_peft_model(loaded, config)
+    if distill is not None:
+        data = text_batches(file, model, -(-distill // length), length) if file else None
+        distill_model(fused, data, tokens=distill, seed=seed)
+    done = export(fused, out, tokenizer=tokenizer, overwrite=overwrite, check=check)
+    show(done, summary(done), json)
+
+
+def export_adapter(
+    adapter: Annotated[str, typer.Argument(help="Hub id or local path of a saved adapter.")],
+    out: Out,
+    base: Annotated[
+        str | None, typer.Option(help="The model that it belongs to; without, the one that the adapter names.")
+    ] = None,
+    dtype: Dtype = Precision.auto,
+    overwrite: Overwrite = False,
+    check: Check = True,
+    trust: Trust = False,
+    json: Json = False,
+) -> None:
+    """Merges a saved adapter into its model, and writes a plain model with tokenizer and card.
+
+    Example: peft-fusion export adapter small
+    """
+    check_free(out.absolute(), overwrite)
+    model = load_adapter(adapter, base, dtype.value, trust)
+    tokenizer = load_tokenizer(model.get_base_model().config._name_or_path, needed=False)
+    done = export(model, out, tokenizer=tokenizer, overwrite=overwrite, check=check)
+    show(done, summary(done), json)
+
+
+def summary(done: Exported) -> str:
+    """What was written, in a few lines."""
+    before, now = done.parameters
+    lines = [
+        f"wrote {done.directory}: {now:,} parameters of {before:,} ({now / before:.1%}), {done.size / 1e6:,.1f} MB",
+        f"{len(done.widths)} FFNs are narrower",
+    ]
+    if done.difference is not None:
+        lines.append(f"loaded in a fresh process, its outputs differ by {done.difference:.1e} from the fused model's")
+    code = ", trust_remote_code=True" if done.needs_code else ""
+    return "\n".join([*lines, f'load it by {done.loaded_by}.from_pretrained("{done.directory}"{code})'])

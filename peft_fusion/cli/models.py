@@ -1,0 +1,122 @@
+"""Models, tokenizers and texts that a command line names."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from peft import PeftConfig, PeftModel
+from torch import Tensor
+from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
+
+BATCH = 8
+ADAPTER = "adapter_config.json"
+
+
+def load_model(name: str, dtype: str = "auto", trust: bool = False) -> Any:
+    """A model by the class that its config names, head included, on the first GPU if there is one.
+
+    Raises:
+        ValueError: if it has no config that says what it is, or needs code that is not trusted.
+        OSError: if it cannot be found.
+    """
+    _refuse_adapter(name)
+    kind = _loading_class(name, trust)
+    model = kind.from_pretrained(name, dtype=dtype, trust_remote_code=trust)
+    return model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
+
+
+def model_on_meta(name: str, trust: bool = False) -> Any:
+    """A model without weights: only its config is read."""
+    _refuse_adapter(name)
+    kind, config = _loading_class(name, trust), AutoConfig.from_pretrained(name, trust_remote_code=trust)
+    with torch.device("meta"):
+        if kind.__name__.startswith("AutoModel"):
+            return kind.from_config(config, trust_remote_code=trust)
+        return kind(config)
+
+
+def load_adapter(adapter: str, base: str | None, dtype: str = "auto", trust: bool = False) -> Any:
+    """A model with an adapter on it.
+
+    Args:
+        adapter: the adapter's Hub id or path.
+        base: the model it belongs to; None: the one that its configuration names.
+        dtype: of the model.
+        trust: whether to run code that comes with the model.
+
+    Raises:
+        ValueError: if the adapter does not say which model it belongs to, or does not fit it.
+    """
+    base = base or PeftConfig.from_pretrained(adapter).base_model_name_or_path
+    if not base:
+        raise ValueError(f"The adapter {adapter} does not name the model that it was made for: give it by --base.")
+    model = PeftModel.from_pretrained(load_model(base, dtype, trust), adapter)
+    return model.eval()
+
+
+def is_adapter(name: str) -> bool:
+    """Whether a local path holds an adapter and not a model."""
+    return Path(name, ADAPTER).is_file()
+
+
+def load_tokenizer(name: str, needed: bool = True) -> PreTrainedTokenizerBase | None:
+    """A model's tokenizer.
+
+    Args:
+        name: the model.
+        needed: whether to raise if there is none; else a warning says so, and None is returned.
+
+    Raises:
+        ValueError: if there is none.
+    """
+    try:
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(name)
+        return tokenizer
+    except (OSError, ValueError, KeyError) as error:
+        if needed:
+            raise ValueError(f"{name} has no tokenizer that can be loaded ({error}).") from error
+        warnings.warn(f"{name} has no tokenizer that can be loaded, so none is written beside the model.", stacklevel=2)
+        return None
+
+
+def text_batches(file: Path, name: str, sequences: int, length: int) -> list[dict[str, Tensor]]:
+    """The beginning of a text file, as batches of sequences without padding.
+
+    Args:
+        file: the text.
+        name: the model whose tokenizer is used.
+        sequences: how many to take at most.
+        length: tokens in each.
+
+    Raises:
+        ValueError: if the text is shorter than one sequence.
+    """
+    tokenizer = load_tokenizer(name)
+    assert tokenizer is not None
+    read = file.read_text(encoding="utf-8")[: 32 * sequences * length]  # of the longest of texts a part will do
+    ids = tokenizer(read, return_tensors="pt", verbose=False)["input_ids"][0]
+    count = min(sequences, len(ids) // length)
+    if not count:
+        raise ValueError(f"{file} has {len(ids)} tokens, less than one sequence of {length}. Give more text.")
+    return [{"input_ids": part} for part in ids[: count * length].reshape(count, length).split(BATCH)]
+
+
+def _refuse_adapter(name: str) -> None:
+    if is_adapter(name):
+        raise ValueError(f"{name} is an adapter, not a model. `peft-fusion export {name} OUT` makes a model of it.")
+
+
+def _loading_class(name: str, trust: bool) -> Any:
+    """The class of transformers that loads a model with the head that it was saved with."""
+    config = AutoConfig.from_pretrained(name, trust_remote_code=trust)
+    autos = [auto for auto in getattr(config, "auto_map", None) or {} if auto.startswith("AutoModel")]
+    if autos and not trust:
+        raise ValueError(f"{name} is loaded by code that comes with it. Read that, then pass --trust-remote-code.")
+    if autos:
+        return getattr(transformers, next((auto for auto in autos if auto != "AutoModel"), "AutoModel"))
+    named = [getattr(transformers, kind, None) for kind in config.architectures or ()]
+    return next(iter(filter(None, named)), transformers.AutoModel)

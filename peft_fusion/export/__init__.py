@@ -1,0 +1,177 @@
+"""`export`: a merged model as a checkpoint that loads where transformers loads, checked before it is there.
+
+widths -> can a checkpoint state them? -> a plain copy around the same tensors -> a folder beside the place
+-> loaded in a fresh process and compared -> renamed to its place
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+from transformers import AutoTokenizer, PreTrainedModel
+
+from ..ffn import features, find_ffns, state_widths
+from ..observe.batches import Batch
+from ..observe.unwrap import unwrapped
+from ..tuner.config import FusionConfig
+from .card import Made, card
+from .check import check_reload, outputs_to_match, random_batch, tolerance
+from .folder import check_free, written_whole
+from .form import CheckpointForm
+from .merged import active_configs, check_mergeable, merged_copy, merged_widths
+
+__all__ = ["Exported", "export"]
+
+
+@dataclass(frozen=True)
+class Exported:
+    """What `export` wrote.
+
+    Args:
+        directory: where.
+        loaded_by: the class of transformers that loads it.
+        needs_code: whether that takes `trust_remote_code=True`, for widths differ.
+        widths: name of every FFN that adapters narrowed -> its neurons before and now.
+        parameters: before and now.
+        size: bytes of its weights.
+        difference: by how much its outputs differ from the fused model's, of their norm; None if not checked.
+    """
+
+    directory: str
+    loaded_by: str
+    needs_code: bool
+    widths: dict[str, tuple[int, int]]
+    parameters: tuple[int, int]
+    size: int
+    difference: float | None
+
+
+def export(
+    model: nn.Module,
+    directory: str | os.PathLike,
+    *,
+    tokenizer: Any = None,
+    fidelity: object = "",
+    check: bool | Batch = True,
+    overwrite: bool = False,
+    max_shard_size: str | int = "5GB",
+) -> Exported:
+    """Writes a model with its adapters merged as a plain transformers checkpoint: weights, configs, tokenizer, card.
+
+    Where all FFNs have one width, stock transformers loads it. Where widths differ the config states them layer by
+    layer and a short modelling file comes with it, so that `trust_remote_code=True` loads it. Whether the family's
+    layers can be built that way is found out before any work.
+
+    All active adapters are merged, LoRA beside fusion included. The model is not changed, and no weight is copied that
+    merging does not change: beyond the model it takes the narrow FFNs, and what lies beneath other adapters.
+
+    The folder is written beside its place and renamed once it is whole and checked, so that an error or a kill leaves
+    what was there before. (Between the two renames that replace an old folder, a kill leaves both whole beside the
+    place; the next call puts the old one back.)
+
+    Args:
+        model: a `PeftModel`, a transformers model with adapters, or a plain one (merged, or from `fuse`), wrapped or
+            not; in one process, not quantised.
+        directory: where to; not there yet, or empty.
+        tokenizer: what has a `save_pretrained` of its own: a tokenizer or processor. True: the tokenizer that lies
+            with the model that this was made of, in files on this machine. None: none is written.
+        fidelity: figures for the card: the report of `peft_fusion.fidelity`, or any text.
+        check: whether to load the checkpoint in a fresh process, without this package and PEFT, and to compare outputs
+            on random tokens, or on a batch if one is given. It takes the exported model's memory once more, on the CPU.
+        overwrite: whether to replace a model that is there.
+        max_shard_size: of one file of weights.
+
+    Returns:
+        What was written.
+
+    Raises:
+        ValueError: before any work, if the directory is taken, the model cannot be merged, no checkpoint can state its
+            widths, there is no tokenizer, or outputs cannot be compared.
+        RuntimeError: if what was written does not load, or computes something else; nothing is left of it then.
+    """
+    target, host = Path(os.path.abspath(directory)), unwrapped(model)
+    check_mergeable(host)
+    check_free(target, overwrite)
+    widths = merged_widths(host)
+    stated = state_widths(host, {name: now for name, (_, now) in widths.items()})
+    form = CheckpointForm.of(host, stated)
+    form.check({name: now for name, (_, now) in widths.items()})
+    tokenizer = _tokenizer_of(host) if tokenizer is True else tokenizer
+    if tokenizer is not None and not hasattr(tokenizer, "save_pretrained"):
+        raise ValueError(f"`tokenizer` must be a tokenizer, a processor, True or None, but got {tokenizer!r}.")
+    batch = check if isinstance(check, Mapping) else random_batch(host) if check else None
+    expected = None if batch is None else outputs_to_match(host, batch)
+    merged = merged_copy(host)
+    made = _made(host, merged, form, widths, tokenizer is not None, str(fidelity))
+    difference = None
+    with written_whole(target) as folder:
+        form.write(merged, folder, max_shard_size)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(folder)
+        (folder / "README.md").write_text(card(made, target.name), encoding="utf-8")
+        if batch is not None and expected is not None:
+            difference = check_reload(folder, form.loaded_by, batch, expected, tolerance(merged))
+        size = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+    return Exported(str(target), form.loaded_by, form.needs_code, dict(made.widths), made.parameters, size, difference)
+
+
+def _tokenizer_of(host: Any) -> Any:
+    """The tokenizer that lies with the model that another was made of.
+
+    Raises:
+        ValueError: if there is none on this machine.
+    """
+    name = getattr(host.config, "_name_or_path", "")
+    try:
+        if name:
+            return AutoTokenizer.from_pretrained(name, local_files_only=True)
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"There is no tokenizer in the files of {name!r} on this machine ({error}). Pass one: "
+            "`tokenizer=AutoTokenizer.from_pretrained(...)`."
+        ) from error
+    raise ValueError("The model does not know where it was loaded from. Pass a tokenizer instead of `tokenizer=True`.")
+
+
+def _made(
+    host: Any,
+    merged: PreTrainedModel,
+    form: CheckpointForm,
+    widths: Mapping[str, tuple[int, int]],
+    tokenizer: bool,
+    fidelity: str,
+) -> Made:
+    """What there is to tell of the model."""
+    adapters = active_configs(host)
+    now = sum(parameter.numel() for parameter in merged.parameters())
+    grown = sum(before - after for before, after in _sizes(host, merged))
+    origin = str(getattr(host.config, "_name_or_path", "") or "")
+    local = os.path.exists(origin)  # where it lies on this machine is of no use elsewhere, and no one's business
+    return Made(
+        base=Path(origin).name if local else origin,
+        on_hub=bool(origin) and not local,
+        kind=form.loaded_by,
+        mixed=form.needs_code,
+        widths={name: both for name, both in widths.items() if both[0] != both[1]},
+        parameters=(now + grown, now),
+        configs=[config for config in adapters if isinstance(config, FusionConfig)],
+        others=sorted(str(config.peft_type.value) for config in adapters if not isinstance(config, FusionConfig)),
+        tokenizer=tokenizer,
+        fidelity=fidelity,
+    )
+
+
+def _sizes(host: nn.Module, merged: nn.Module) -> list[tuple[int, int]]:
+    """Numbers in each projection of every FFN, before and now; originals may be out of their modules."""
+    found = []
+    for before, after in zip(find_ffns(host), find_ffns(merged), strict=True):
+        for old, new in zip(before.base_projections, after.projections, strict=True):
+            bias = getattr(old, "bias", None) is not None
+            inputs, outputs = features(old)
+            found.append((inputs * outputs + outputs * bias, sum(p.numel() for p in new.parameters())))
+    return found

@@ -1,0 +1,121 @@
+"""The card of an exported model: what it was made of and how, and how to load it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from ..tuner.config import FusionConfig
+
+CARD = """---
+{metadata}
+---
+
+# {title}
+
+{what} Its feed-forward networks (FFNs) were made narrower by MLP Fusion
+([paper](https://arxiv.org/abs/2307.08941)), by the package peft-fusion; it needs neither that nor PEFT.
+
+## Loading
+
+```python
+{loading}
+```
+
+{note}
+
+## What was made narrower
+
+| FFN | neurons before | now |
+|---|--:|--:|
+{widths}
+
+Parameters: {before:,} before, {now:,} now ({share:.1%}).
+
+## How
+{method}
+{fidelity}"""
+
+MIXED = """Its FFNs differ in width, which `config.json` states in `per_layer_config` and `modeling_narrow.py`, beside
+this file, builds: read that file before you trust it. Without `trust_remote_code=True` loading fails."""
+
+STOCK = "All FFNs under one setting have one width, so that this is a checkpoint as any other."
+
+
+@dataclass(frozen=True)
+class Made:
+    """What there is to tell of an exported model.
+
+    Args:
+        base: the model that it was made of: its Hub id, or the name of a local folder; "" if unknown.
+        on_hub: whether that is a Hub id, which the card's metadata may name.
+        kind: the class that loads it, of transformers.
+        mixed: whether it comes with a modelling file.
+        widths: FFN name -> neurons before and now, where these are known to differ.
+        parameters: before and now.
+        configs: of the fusion adapters that were merged.
+        others: the types of other adapters that were merged.
+        tokenizer: whether a tokenizer was written beside it.
+        fidelity: figures, as text; "" if none were given.
+    """
+
+    base: str
+    on_hub: bool
+    kind: str
+    mixed: bool
+    widths: Mapping[str, tuple[int, int]]
+    parameters: tuple[int, int]
+    configs: list[FusionConfig]
+    others: list[str]
+    tokenizer: bool
+    fidelity: str = ""
+
+
+def card(made: Made, title: str) -> str:
+    """The text of the card.
+
+    Args:
+        made: what there is to tell.
+        title: the model's name.
+    """
+    metadata = ["library_name: transformers", "tags:", "- peft-fusion"]
+    if made.on_hub:
+        metadata += [f"base_model: {made.base}"]
+    before, now = made.parameters
+    rows = "\n".join(f"| `{name}` | {wide} | {narrow} |" for name, (wide, narrow) in made.widths.items())
+    return CARD.format(
+        metadata="\n".join(metadata),
+        title=title,
+        what=f"A smaller `{made.base}`." if made.base else "A smaller model.",
+        loading=_loading(made),
+        note=MIXED if made.mixed else STOCK,
+        widths=rows or "| (not recorded: the model was narrow already) | | |",
+        before=before,
+        now=now,
+        share=now / before,
+        method=_method(made),
+        fidelity=f"\n## Fidelity to the original\n\n```\n{made.fidelity}\n```\n" if made.fidelity else "",
+    )
+
+
+def _loading(made: Made) -> str:
+    """The lines that load it."""
+    trust = ", trust_remote_code=True" if made.mixed else ""
+    tokenizer = f'tokenizer = AutoTokenizer.from_pretrained("{"." if made.tokenizer else made.base}")'
+    lines = [f"from transformers import {made.kind}", "", f'model = {made.kind}.from_pretrained("."{trust})']
+    if made.tokenizer or made.on_hub:
+        lines[0] += ", AutoTokenizer"
+        lines.append(tokenizer)
+    return "\n".join(lines)
+
+
+def _method(made: Made) -> str:
+    """What is recorded of the adapters that were merged."""
+    lines = []
+    for config in made.configs:
+        recorded = {name: value for name, value in (config.fused_by or {}).items() if value}
+        calibration = recorded.pop("calibration", "")
+        lines += [f"- {name}: {value}" for name, value in recorded.items()]
+        lines.append(f"- calibrated on: {calibration or 'nothing (made of the weights alone)'}")
+    lines += [f"- merged as well: {kind}" for kind in made.others]
+    return "\n".join(["", *lines, ""]) if lines else "\nNot recorded: the model had no fusion adapter any more.\n"
