@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import sys
 
@@ -174,3 +175,25 @@ def test_help_has_an_example(run, command):
 def test_layers_by_number():
     assert layer_numbers("all") is None
     assert layer_numbers("3,5,8-10") == [3, 5, 8, 9, 10]
+
+
+@pytest.mark.parametrize("inputs", ["own", "file"])
+def test_fuse_by_a_budget_and_distil(run, base, tmp_path, text, inputs, monkeypatch):
+    calls = []
+    module = importlib.import_module("peft_fusion.cli.fuse")
+    original = module.distill_model
+    monkeypatch.setattr(module, "distill_model", lambda *a, **k: calls.append((a, k, original(*a, **k))))
+    options = ["--calibrate", text if inputs == "file" else "own", "--sequences", 8, "--length", 16]
+    options += ["--allocation", "fisher", "--distill", 800, "--ratio", 0.5, "--no-check", "--json"]
+    status, out, err = run("fuse", base, tmp_path / "small", *options)
+    assert status == 0, err
+    widths = [now for _, now in json.loads(out)["widths"].values()]
+    assert sum(widths) <= 96 and all(width % 8 == 0 for width in widths)
+    ((_, data), settings, found) = calls[0]
+    assert settings == {"tokens": 800, "seed": 0} and (data is None) == (inputs == "own")
+    assert found.sequences + found.held_out == (13 if inputs == "own" else 50)
+
+
+def test_a_budget_needs_a_calibration(run, base, tmp_path):
+    status, _, err = run("fuse", base, tmp_path / "small", "--allocation", "fisher")
+    assert status == 1 and "call `calibrate" in err and not (tmp_path / "small").exists()

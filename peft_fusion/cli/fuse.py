@@ -37,7 +37,7 @@ def fuse(
     sequences: Annotated[int | None, typer.Option(help="Sequences to calibrate on.", min=4)] = None,
     length: Length = OWN_LENGTH,
     allocation: Annotated[
-        Allocation,  # type: ignore[valid-type]
+        Allocation,
         typer.Option(help="Of the neurons: uniform, or fisher: where they count, after --calibrate."),
     ] = Allocation.uniform,  # type: ignore[attr-defined]
     distill: Annotated[
@@ -65,7 +65,7 @@ def fuse(
         "ratio": ratio,
         "intermediate_size": width,
         "layers_to_transform": layer_numbers(layers),
-        "allocation": allocation.value,  # type: ignore[attr-defined]
+        "allocation": allocation.value,
         "method": method.value,
         "seed": seed,
     }
