@@ -221,7 +221,7 @@ class SmolLM2:
         return row | tokens | {"seconds to distill": time.perf_counter() - started}
 
     def to_distill(self) -> list[dict[str, torch.Tensor]]:
-        """Text that calibration has not seen, as far as there is any."""
+        """Text to distil on: all of the training papers, or what the model samples beyond what it was calibrated on."""
         options, small = self.options, self.options.smoke
         if options.text != "own":
             texts = other_text() if options.text == "other" else load_texts()[0]
