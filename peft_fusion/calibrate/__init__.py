@@ -17,12 +17,12 @@ from torch import nn
 from ..ffn import require_originals, with_own_width
 from ..fusing.settle import check_calibratable
 from ..observe.batches import Batch
-from ..observe.networks import Network, fusion_layers
+from ..observe.networks import Network, fusion_layers, routed_experts
 from ..observe.own_inputs import OWN_LENGTH
 from ..observe.unwrap import unwrapped
 from ..tuner.config import FusionConfig
 from ..tuner.handover import Calibrated, Fingerprint, hand_over
-from ..tuner.plan import PlannedFFN, plan_ffns
+from ..tuner.plan import AnyPlanned, PlannedFFN, plan_ffns
 from ..tuner.recipe import asked_recipe
 from .in_place import Adapter, adapter_of
 from .inputs import Inputs
@@ -93,7 +93,9 @@ def calibrate(
         narrowing = Narrowing(network, plan, inputs, asked_recipe(config), ffns_per_pass or len(plan))
         if config.allocation == "fisher" and adapter is None:
             fixed = with_own_width((p.ffn for p in plan), config.width_pattern)
-            narrowing.allocate(lambda widths: plan_ffns(host, config, widths), config.multiple_of, fixed)
+            narrowing.allocate(
+                lambda widths: _without_experts(plan_ffns(host, config, widths)), config.multiple_of, fixed
+            )
         narrow = narrowing.narrow_ffns()
     if adapter is None:
         budget = {p.ffn.name: p.width for p in plan} if config.allocation == "fisher" else None
@@ -106,10 +108,15 @@ def _plan(
     host: nn.Module, config: FusionConfig | None, adapter: Adapter | None
 ) -> tuple[list[PlannedFFN], FusionConfig]:
     """What to narrow, by which settings; refuses what cannot be, before any work."""
+    if adapter is not None and routed_experts(host):
+        raise ValueError(
+            f"The adapter {adapter.name!r} narrows routed experts, which cannot be calibrated; they are fused by their "
+            "weights. Calibrate an adapter that leaves them out (`exclude_modules`)."
+        )
     if adapter is not None:
         plan, config = adapter.plan(host), adapter.config
     elif isinstance(config, FusionConfig):
-        plan = plan_ffns(host, config)
+        plan = _without_experts(plan_ffns(host, config))
     else:
         raise TypeError(
             f"`config` must be a `FusionConfig`, but got {type(config).__name__}. Batches go in `dataloader=`; "
@@ -121,6 +128,17 @@ def _plan(
     for layer in fusion_layers(host):
         require_originals(layer.original_layer)
     return plan, config
+
+
+def _without_experts(plan: list[AnyPlanned]) -> list[PlannedFFN]:
+    """Refuses routed experts, of which nothing is collected yet."""
+    for p in plan:
+        if not isinstance(p, PlannedFFN):
+            raise ValueError(
+                f"The routed experts {p.ffn.name!r} cannot be calibrated; they are fused by their weights. Leave them "
+                f"out with `exclude_modules=[{p.ffn.name.rpartition('.')[2]!r}]`, or fuse without calibrating."
+            )
+    return [p for p in plan if isinstance(p, PlannedFFN)]
 
 
 def _check_numbers(**numbers: Any) -> None:

@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
-from ..ffn import find_ffns, unreadable_projections
+from ..ffn import find_all, parameters_of, unreadable_projections
 from .models import model_on_meta
 from .options import Json, Trust, show
 
@@ -26,9 +26,9 @@ def layouts(
             "name": ffn.name,
             "layout": str(ffn.layout),
             "width": ffn.width,
-            "parameters": sum(p.numel() for module in ffn.projections for p in module.parameters()),
+            "parameters": parameters_of(ffn),
         }
-        for ffn in find_ffns(built)
+        for ffn in find_all(built)
     ]
     if not rows:
         unread = unreadable_projections(built)

@@ -15,7 +15,7 @@ from typing import Any
 from torch import nn
 from transformers import AutoTokenizer, PreTrainedModel
 
-from ..ffn import features, find_ffns, state_widths
+from ..ffn import find_all, parameters_of, state_widths
 from ..observe.batches import Batch
 from ..observe.unwrap import unwrapped
 from ..tuner.config import FusionConfig
@@ -149,7 +149,8 @@ def _made(
     """What there is to tell of the model."""
     adapters = active_configs(host)
     now = sum(parameter.numel() for parameter in merged.parameters())
-    grown = sum(before - after for before, after in _sizes(host, merged))
+    narrowed = [(ffn, widths[ffn.name][1]) for ffn in find_all(host)]
+    grown = sum(parameters_of(ffn) - parameters_of(ffn, width) for ffn, width in narrowed)
     origin = str(getattr(host.config, "_name_or_path", "") or "")
     local = os.path.exists(origin)  # where it lies on this machine is of no use elsewhere, and no one's business
     return Made(
@@ -164,14 +165,3 @@ def _made(
         tokenizer=tokenizer,
         fidelity=fidelity,
     )
-
-
-def _sizes(host: nn.Module, merged: nn.Module) -> list[tuple[int, int]]:
-    """Numbers in each projection of every FFN, before and now; originals may be out of their modules."""
-    found = []
-    for before, after in zip(find_ffns(host), find_ffns(merged), strict=True):
-        for old, new in zip(before.base_projections, after.projections, strict=True):
-            bias = getattr(old, "bias", None) is not None
-            inputs, outputs = features(old)
-            found.append((inputs * outputs + outputs * bias, sum(p.numel() for p in new.parameters())))
-    return found

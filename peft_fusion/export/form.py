@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..ffn import StatedWidths, find_ffns, on_meta, stock_config
+from ..ffn import StatedWidths, find_all, on_meta, stock_config
 from .folder import CONFIG
 from .modelling import FILE, auto_classes, auto_map, build_from, modelling_file, narrow_name
 
@@ -67,7 +67,7 @@ class CheckpointForm:
             built = build_from(self.text, narrow_name(self.stated.stock), config)
         else:
             built = on_meta(self.stated.stock, self.config)
-        for ffn in find_ffns(built):
+        for ffn in find_all(built):
             if ffn.width != widths.get(ffn.name, ffn.width):
                 raise ValueError(
                     f"{self.stated.stock.__name__} gives the FFN {ffn.name!r} {ffn.width} neurons whatever its config "

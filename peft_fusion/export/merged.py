@@ -11,9 +11,10 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
 
-from ..ffn import FFN, base_of, features, find_ffns, is_quantised, restore, stock_class, stock_config
+from ..ffn import AnyFFN, base_of, features, find_all, is_quantised, restore, stock_class, stock_config
+from ..tuner.experts import ExpertsLayer, NarrowExperts
 from ..tuner.layer import FusionLayer
-from ..tuner.narrow import NarrowOutProjection, plain_projection
+from ..tuner.narrow import NarrowOutProjection
 
 LEFT_OUT = ("_hf_peft_config_loaded", "peft_config", "hf_quantizer", "is_quantized", "quantization_method")
 """What marks a model as one with adapters, or as quantised (a gguf file's stays so once its weights are plain)."""
@@ -70,11 +71,14 @@ def _check_weights(host: nn.Module) -> None:
 
 def merged_widths(host: nn.Module) -> dict[str, tuple[int, int]]:
     """What the FFNs of a model come to: name -> its width without and with its active adapters."""
-    return {ffn.name: (ffn.width, _merged_width(ffn)) for ffn in find_ffns(host)}
+    return {ffn.name: (ffn.width, _merged_width(ffn)) for ffn in find_all(host)}
 
 
-def _merged_width(ffn: FFN) -> int:
+def _merged_width(ffn: AnyFFN) -> int:
     out = ffn.projections[-1]
+    if isinstance(out, ExpertsLayer):
+        experts = out.active_narrow
+        return experts.width if isinstance(experts, NarrowExperts) else ffn.width
     if isinstance(out, FusionLayer) and out.merged:
         return features(out.base_layer)[0]
     narrow = out.active_narrow if isinstance(out, FusionLayer) else None
@@ -145,12 +149,11 @@ def _without_adapter(layer: Any) -> nn.Module:
         layer.merge(safe_merge=True)
         return layer.get_base_layer()
     base: nn.Module = layer.base_layer
-    narrow: Any = None if layer.merged else layer.active_narrow
-    if narrow is None:
+    if layer.merged or layer.active_narrow is None:
         restore(base)
         return base
-    weight, bias = narrow.folded()
-    return plain_projection(base, weight.detach(), None if bias is None else bias.detach(), layer._dtype)
+    active: list[str] = layer.active_adapters  # type: ignore[assignment]
+    return layer.plain(next(name for name in active if name in layer.mlp_fusion_narrow))
 
 
 def own_weights(layer: nn.Module) -> None:

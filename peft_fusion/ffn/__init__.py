@@ -2,6 +2,18 @@
 
 from .between import check_between
 from .capture import Listener, capture, watch
+from .every import AnyFFN, find_all, parameters_of, read_all
+from .experts import Experts, find_experts
+from .experts_layout import ExpertsLayout
+from .experts_probe import check_experts
+from .experts_run import ExpertListener, Routed, capture_experts, run_expert
+from .experts_weights import (
+    check_finite_experts,
+    experts_like,
+    experts_tensors,
+    read_experts,
+    scaled_tensors,
+)
 from .find import FFN, across_neurons, base_of, features, find_ffns, places, unreadable_projections
 from .layers import LayerList
 from .layouts import LAYOUTS, FFNLayout, register_layout
@@ -10,16 +22,21 @@ from .originals import is_away, offload, require_originals, restore
 from .select import Selection, select_ffns, target_widths, with_own_width
 from .stated import MARK, StatedWidths, on_meta, state_widths, stock_class, stock_config
 from .storage import blank_like, check_can_leave, device_of, fetching_hook, is_quantised, keep_away
-from .width import ConfigWidth, config_widths
+from .width import ConfigWidth, config_widths, width_steps
 
 __all__ = [
     "FFN",
     "LAYOUTS",
+    "AnyFFN",
     "ConfigWidth",
+    "ExpertListener",
+    "Experts",
+    "ExpertsLayout",
     "FFNLayout",
     "MARK",
     "LayerList",
     "Listener",
+    "Routed",
     "Selection",
     "StatedWidths",
     "across_neurons",
@@ -27,27 +44,39 @@ __all__ = [
     "blank_like",
     "by_projection",
     "capture",
+    "capture_experts",
     "check_between",
     "check_can_leave",
+    "check_experts",
     "check_finite",
+    "check_finite_experts",
     "config_widths",
     "device_of",
+    "experts_like",
+    "experts_tensors",
     "features",
     "fetching_hook",
     "find_activation",
+    "find_all",
+    "find_experts",
     "find_ffns",
     "is_away",
     "is_quantised",
     "keep_away",
     "offload",
     "on_meta",
+    "parameters_of",
     "places",
     "projection_tensors",
+    "read_all",
+    "read_experts",
     "read_ffn",
     "register_layout",
     "require_originals",
     "restore",
+    "run_expert",
     "run_ffn",
+    "scaled_tensors",
     "select_ffns",
     "state_widths",
     "stock_class",
@@ -55,5 +84,6 @@ __all__ = [
     "target_widths",
     "unreadable_projections",
     "watch",
+    "width_steps",
     "with_own_width",
 ]

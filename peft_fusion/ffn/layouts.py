@@ -64,6 +64,7 @@ LAYOUTS: list[FFNLayout] = [
 
 # The names under which a config states the width of the FFNs.
 WIDTH_ATTRIBUTES = (
+    "intermediate_size_mlp",  # Llama 4, whose `intermediate_size` is that of experts
     "intermediate_size",
     "n_inner",
     "d_ff",
@@ -72,6 +73,16 @@ WIDTH_ATTRIBUTES = (
     "decoder_ffn_dim",
     "ffn_hidden_size",
     "hidden_dim",
+)
+
+# Of routed experts, and of the FFNs beside them that every token goes through.
+EXPERTS_WIDTH_ATTRIBUTES = ("moe_intermediate_size", "expert_ffn_hidden_size", "intermediate_size")
+SHARED_WIDTH_ATTRIBUTES = (
+    "shared_expert_intermediate_size",
+    "moe_shared_expert_intermediate_size",
+    "shared_intermediate_size",
+    "moe_intermediate_size",  # these once, or as many times as there are shared experts (DeepSeek, Aria)
+    "intermediate_size",
 )
 
 

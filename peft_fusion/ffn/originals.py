@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from .storage import dense_parameter
 
 _AWAY = "_mlp_fusion_originals"  # on the module: name -> tensor in CPU memory, or an empty dict once dropped
+_SHAPES = "_mlp_fusion_shapes"  # beside it: name -> shape, for what does not declare its sizes otherwise
 
 
 def offload(module: nn.Module, keep: bool) -> None:
@@ -27,6 +28,7 @@ def offload(module: nn.Module, keep: bool) -> None:
             setattr(module, _AWAY, {})
         return
     originals = {name: parameter.detach() for name, parameter in module.named_parameters(recurse=False)}
+    setattr(module, _SHAPES, {name: tuple(tensor.shape) for name, tensor in originals.items()})
     setattr(module, _AWAY, {name: tensor.cpu() for name, tensor in originals.items()} if keep else {})
     for name, tensor in originals.items():
         _set(module, name, torch.empty(0, dtype=tensor.dtype, device=tensor.device))
@@ -46,6 +48,7 @@ def restore(module: nn.Module) -> None:
     for name, tensor in getattr(module, _AWAY).items():
         _set(module, name, tensor.to(getattr(module, name)))
     delattr(module, _AWAY)
+    delattr(module, _SHAPES)
 
 
 def require_originals(module: nn.Module) -> None:
@@ -82,6 +85,15 @@ def original_parameter(module: nn.Module, name: str) -> Tensor | None:
         tensor: Tensor | None = getattr(module, _AWAY).get(name)
         return tensor
     return dense_parameter(module, name)
+
+
+def original_shape(module: nn.Module, name: str) -> tuple[int, ...]:
+    """The shape of a module's original parameter, wherever it is; () if it has none of that name."""
+    known: dict[str, tuple[int, ...]] = getattr(module, _SHAPES, {})
+    parameter = module._parameters.get(name)
+    if parameter is None:
+        return ()
+    return known.get(name) or tuple(getattr(parameter, "ds_shape", parameter.shape))
 
 
 def _set(module: nn.Module, name: str, tensor: Tensor) -> None:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from .find import FFN
+from .every import AnyFFN
+from .experts import GROUPED, Experts
 
 Target = str | Sequence[str] | None
 
@@ -23,7 +24,7 @@ class Selection:
     modules_to_save: Sequence[str] | None = None
 
 
-def select_ffns(ffns: Sequence[FFN], selection: Selection) -> list[FFN]:
+def select_ffns(ffns: Sequence[AnyFFN], selection: Selection) -> list[AnyFFN]:
     """The FFNs that a selection means.
 
     A target is a suffix (in a list) or a regular expression (a string, matched in full), as in LoRA; it may name
@@ -61,11 +62,12 @@ def select_ffns(ffns: Sequence[FFN], selection: Selection) -> list[FFN]:
 
 
 def target_widths(
-    ffns: Sequence[FFN],
+    ffns: Sequence[AnyFFN],
     ratio: float,
     intermediate_size: int | None,
     width_pattern: dict[str, float],
     multiple_of: int,
+    steps: Mapping[str, int] | None = None,
 ) -> dict[str, int]:
     """How many neurons each FFN keeps.
 
@@ -76,12 +78,13 @@ def target_widths(
         width_pattern: regular expression of an FFN's name (or its end) -> width (int) or ratio (float); wins
             over both.
         multiple_of: what a width that comes from a ratio is a multiple of, unless that exceeds the full width.
+        steps: FFN name -> the same for one FFN, from `width_steps`; wins over `multiple_of`.
 
     Returns:
         FFN name -> width.
 
     Raises:
-        ValueError: if a width is above the full one, or a pattern matches none of the FFNs.
+        ValueError: if a width is above the full one or experts cannot have it, or a pattern matches none of the FFNs.
     """
     for pattern in width_pattern:
         if not any(_matches_pattern(ffn, pattern) for ffn in ffns):
@@ -93,30 +96,37 @@ def target_widths(
         default = ratio if intermediate_size is None else intermediate_size
         asked = next((v for p, v in width_pattern.items() if _matches_pattern(ffn, p)), default)
         if isinstance(asked, float):
-            asked = min(ffn.width, multiple_of * math.ceil(asked * ffn.width / multiple_of))
+            step = (steps or {}).get(ffn.name, multiple_of)
+            asked = min(ffn.width, step * math.ceil(asked * ffn.width / step))
         if asked > ffn.width:
             raise ValueError(
                 f"The FFN {ffn.name!r} has {ffn.width} neurons and cannot be given {asked}. Lower "
                 "`intermediate_size` or the entry in `width_pattern`."
             )
+        if isinstance(ffn, Experts) and asked % GROUPED and asked != ffn.width:
+            raise ValueError(
+                f"The experts {ffn.name!r} cannot be given {asked} neurons: the implementations that multiply several "
+                f"experts' matrices at once need a multiple of {GROUPED}. Change `intermediate_size` or the entry in "
+                "`width_pattern`."
+            )
         widths[ffn.name] = asked
     return widths
 
 
-def with_own_width(ffns: Iterable[FFN], width_pattern: Iterable[str]) -> set[str]:
+def with_own_width(ffns: Iterable[AnyFFN], width_pattern: Iterable[str]) -> set[str]:
     """The names of the FFNs that a `width_pattern` says something of."""
     patterns = list(width_pattern)
     return {ffn.name for ffn in ffns if any(_matches_pattern(ffn, pattern) for pattern in patterns)}
 
 
-def describe(ffns: Sequence[FFN], limit: int = 4) -> str:
+def describe(ffns: Sequence[AnyFFN], limit: int = 4) -> str:
     """A few FFNs in words, for messages."""
     shown = [f"{ffn.name or 'the model itself'} ({ffn.layout}, {ffn.width} neurons)" for ffn in ffns[:limit]]
     more = f" and {len(ffns) - limit} more" if len(ffns) > limit else ""
     return f"{len(ffns)} FFNs: " + "; ".join(shown) + more
 
 
-def _names(ffn: FFN) -> tuple[str, ...]:
+def _names(ffn: AnyFFN) -> tuple[str, ...]:
     return (ffn.name, *ffn.projection_names)
 
 
@@ -127,7 +137,7 @@ def _matches_name(target: str | Iterable[str], name: str) -> bool:
     return any(name == suffix or name.endswith(f".{suffix}") for suffix in target)
 
 
-def _matches(ffn: FFN, target: str | Sequence[str], field: str) -> bool:
+def _matches(ffn: AnyFFN, target: str | Sequence[str], field: str) -> bool:
     """Whether a target means this FFN, by its own name or by all of its projections."""
     if _matches_name(target, ffn.name):
         return True
@@ -141,7 +151,7 @@ def _matches(ffn: FFN, target: str | Sequence[str], field: str) -> bool:
     return bool(hit)
 
 
-def _check_targets_match(ffns: Sequence[FFN], target: Target, field: str) -> None:
+def _check_targets_match(ffns: Sequence[AnyFFN], target: Target, field: str) -> None:
     """Every list entry (and a regular expression as a whole) has to mean some FFN or one of its projections."""
     if target is None or (not target and field == "exclude_modules"):
         return
@@ -155,12 +165,12 @@ def _check_targets_match(ffns: Sequence[FFN], target: Target, field: str) -> Non
             )
 
 
-def _is_inside(ffn: FFN, modules_to_save: Iterable[str]) -> bool:
+def _is_inside(ffn: AnyFFN, modules_to_save: Iterable[str]) -> bool:
     """Whether an FFN belongs to a module that is trained and saved in full."""
     return any(re.match(rf"(^|.*\.){name}($|\..*)", ffn.projection_names[-1]) for name in modules_to_save)
 
 
-def _layer_index(ffn: FFN, patterns: Sequence[str]) -> int | None:
+def _layer_index(ffn: AnyFFN, patterns: Sequence[str]) -> int | None:
     """The number of the layer an FFN is in: the first number of its path, or the one behind a pattern."""
     name = ffn.projection_names[-1]
     for expression in [rf"(?:^|.*?\.){p}\.(\d+)\." for p in patterns] or [r"(?:.*?\.)??[^.]*\.(\d+)\."]:
@@ -171,8 +181,8 @@ def _layer_index(ffn: FFN, patterns: Sequence[str]) -> int | None:
 
 
 def _in_layers(
-    ffns: Sequence[FFN], layers: int | Sequence[int], layers_pattern: str | Sequence[str] | None
-) -> list[FFN]:
+    ffns: Sequence[AnyFFN], layers: int | Sequence[int], layers_pattern: str | Sequence[str] | None
+) -> list[AnyFFN]:
     wanted = {layers} if isinstance(layers, int) else set(layers)
     patterns = [layers_pattern] if isinstance(layers_pattern, str) else list(layers_pattern or ())
     index = {ffn.name: _layer_index(ffn, patterns) for ffn in ffns}
@@ -186,6 +196,6 @@ def _in_layers(
     return [ffn for ffn in ffns if index[ffn.name] in wanted]
 
 
-def _matches_pattern(ffn: FFN, pattern: str) -> bool:
+def _matches_pattern(ffn: AnyFFN, pattern: str) -> bool:
     """LoRA's rule for `rank_pattern`: a regular expression of the end of a name, from a dot on."""
     return any(re.match(rf"(.*\.)?({pattern})$", name) for name in _names(ffn))

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from .find import FFN, find_ffns
+from .every import AnyFFN, find_all
 from .layers import LayerList, layer_of, why_not_rebuilt
 from .width import width_place
 
@@ -65,7 +65,7 @@ def state_widths(model: nn.Module, widths: Mapping[str, int]) -> StatedWidths:
         built = on_meta(stock, stock_config(model))
     except (TypeError, AttributeError, NotImplementedError, RuntimeError) as error:
         raise ValueError(f"{stock.__name__} cannot be built of its config without weights ({error}).") from error
-    ffns = {ffn.name: ffn for ffn in find_ffns(built)}
+    ffns = {ffn.name: ffn for ffn in find_all(built)}
     foreign = [name for name in widths if name not in ffns]
     if foreign:
         raise ValueError(
@@ -74,17 +74,20 @@ def state_widths(model: nn.Module, widths: Mapping[str, int]) -> StatedWidths:
         )
     stated, reachable = StatedWidths(stock), _reachable(built.config)
     for (place, attribute), governed in _by_place(built, list(ffns.values()), reachable).items():
-        wanted = {ffn.name: widths.get(ffn.name, ffn.width) for ffn in governed}
-        changed = [ffn for ffn in governed if wanted[ffn.name] != ffn.width]
+        wanted = {ffn.name: widths.get(ffn.name, ffn.width) for ffn, _ in governed}
+        values = {wanted[ffn.name] / factor for ffn, factor in governed}
+        changed = [ffn for ffn, _ in governed if wanted[ffn.name] != ffn.width]
         if changed and not attribute:
             raise ValueError(
                 f"No checkpoint of {stock.__name__} can state that the FFN {changed[0].name!r} is "
                 f"{wanted[changed[0].name]} wide: its config has no attribute for the width. Keep the adapter."
             )
-        if changed and len(set(wanted.values())) == 1:
-            stated.values[place, attribute] = wanted[changed[0].name]
+        if changed and len(values) == 1 and (value := values.pop()) == int(value):
+            stated.values[place, attribute] = int(value)
+        elif changed and any(factor != 1 for _, factor in governed):
+            raise _refusal(built, attribute, "shared experts are stated as a multiple of the routed ones")
         elif changed:
-            _state_by_layer(stated, built, place, attribute, {ffn.name: wanted[ffn.name] for ffn in governed})
+            _state_by_layer(stated, built, place, attribute, wanted)
             _check_readable(stated, built, attribute)
     return stated
 
@@ -122,14 +125,14 @@ def on_meta(kind: type[PreTrainedModel], config: PreTrainedConfig) -> Any:
 
 
 def _by_place(
-    model: Any, ffns: list[FFN], reachable: Mapping[str, PreTrainedConfig]
-) -> dict[tuple[str, str], list[FFN]]:
-    """The FFNs by the config, as a path within the model's, and the attribute that state their width."""
+    model: Any, ffns: list[AnyFFN], reachable: Mapping[str, PreTrainedConfig]
+) -> dict[tuple[str, str], list[tuple[AnyFFN, int]]]:
+    """The FFNs, and of what multiple their width is, by where it is stated: the config's path, and the attribute."""
     found = defaultdict(list)
     for ffn in ffns:
-        configs, attribute = width_place(model, ffn)
-        paths = [path for path, config in reachable.items() if any(config is one for one in configs)]
-        found[(paths[0], attribute) if paths else ("", "")].append(ffn)
+        place = width_place(model, ffn)
+        paths = [path for path, config in reachable.items() if any(config is one for one in place.configs)]
+        found[(paths[0], place.attribute) if paths else ("", "")].append((ffn, place.factor))
     return found
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
@@ -10,8 +11,9 @@ from typing import Any
 
 from torch import nn
 
-from .find import FFN
-from .layouts import WIDTH_ATTRIBUTES
+from .every import AnyFFN
+from .experts import GROUPED, Experts
+from .layouts import EXPERTS_WIDTH_ATTRIBUTES, SHARED_WIDTH_ATTRIBUTES, WIDTH_ATTRIBUTES
 
 
 @dataclass
@@ -49,7 +51,21 @@ class ConfigWidth:
         )
 
 
-def config_widths(model: nn.Module, ffns: Sequence[FFN], widths: Mapping[str, int]) -> dict[str, ConfigWidth]:
+@dataclass(frozen=True)
+class WidthPlace:
+    """Where an FFN's width is stated: the configs, innermost first, the attribute, and of which it is a multiple."""
+
+    configs: list[Any]
+    attribute: str
+    factor: int = 1
+
+    @property
+    def key(self) -> tuple[int, str]:
+        """The same for all FFNs that one value governs."""
+        return (id(self.configs[-1]) if self.configs else 0, self.attribute)
+
+
+def config_widths(model: nn.Module, ffns: Sequence[AnyFFN], widths: Mapping[str, int]) -> dict[str, ConfigWidth]:
     """For each FFN to fuse, the place that states its width.
 
     Args:
@@ -63,26 +79,54 @@ def config_widths(model: nn.Module, ffns: Sequence[FFN], widths: Mapping[str, in
     places = {ffn.name: width_place(model, ffn) for ffn in ffns}
     governed = defaultdict(set)
     for ffn in ffns:
-        configs, attribute = places[ffn.name]
-        governed[(id(configs[-1]) if configs else 0, attribute)].add(widths.get(ffn.name, ffn.width))
+        place = places[ffn.name]
+        governed[place.key].add(widths.get(ffn.name, ffn.width) / place.factor)
     result = {}
     for name in widths:
-        configs, attribute = places[name]
-        values = governed[(id(configs[-1]) if configs else 0, attribute)]
-        result[name] = ConfigWidth(configs, attribute, next(iter(values)) if len(values) == 1 else None)
+        place, values = places[name], governed[places[name].key]
+        value = next(iter(values)) if len(values) == 1 else None
+        whole = None if value is None or value % 1 else int(value)
+        result[name] = ConfigWidth(place.configs, place.attribute, whole)
     return result
 
 
-def width_place(model: nn.Module, ffn: FFN) -> tuple[list[Any], str]:
-    """The configs from an FFN up to the model's own that state its width, and the attribute's name; [], "" if none."""
+def width_steps(model: nn.Module, ffns: Sequence[AnyFFN], multiple_of: int) -> dict[str, int]:
+    """What each FFN's width, where it comes from a ratio, is a multiple of.
+
+    That of experts is one of `GROUPED`, too, and what is stated in one place with theirs is rounded as they are.
+
+    Args:
+        model: the model.
+        ffns: all of its FFNs.
+        multiple_of: what all of them are to be multiples of.
+    """
+    places = {ffn.name: width_place(model, ffn) for ffn in ffns}
+    grouped = {places[ffn.name].key for ffn in ffns if isinstance(ffn, Experts)}
+    steps = {True: math.lcm(multiple_of, GROUPED), False: multiple_of}
+    return {name: steps[place.key in grouped] * place.factor for name, place in places.items()}
+
+
+def width_place(model: nn.Module, ffn: AnyFFN) -> WidthPlace:
+    """Where the configs from an FFN up to the model's own state its width."""
     configs = _configs_above(model, ffn.name)
-    for attribute in WIDTH_ATTRIBUTES:
+    shared = any(part.startswith("shared") for part in ffn.name.split("."))
+    of_experts = next((name for name in EXPERTS_WIDTH_ATTRIBUTES if any(hasattr(c, name) for c in configs)), "")
+    attributes = SHARED_WIDTH_ATTRIBUTES if shared else WIDTH_ATTRIBUTES
+    for attribute in EXPERTS_WIDTH_ATTRIBUTES if isinstance(ffn, Experts) else attributes:
         if attribute.startswith(("encoder_", "decoder_")) and attribute[:8] not in f".{ffn.name}.".replace(".", "_"):
             continue
-        stating = [config for config in configs if _states(config, attribute, ffn.width)]
+        factor = _factor(configs, attribute, ffn.width) if shared and attribute == of_experts else 1
+        stating = [config for config in configs if _states(config, attribute, ffn.width // factor)]
         if stating:
-            return stating, attribute
-    return [], ""
+            return WidthPlace(stating, attribute, factor)
+    return WidthPlace([], "")
+
+
+def _factor(configs: Sequence[Any], attribute: str, width: int) -> int:
+    """How many times the value of an attribute a width is; 1 if no config has the attribute, or it is no multiple."""
+    values = (getattr(config, attribute, None) for config in configs)
+    value = next((value for value in values if isinstance(value, int) and value > 0), width)
+    return width // value if width % value == 0 else 1
 
 
 def _configs_above(model: nn.Module, name: str) -> list[Any]:

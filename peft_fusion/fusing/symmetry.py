@@ -20,13 +20,14 @@ def balancing_factors(weights: FFNWeights, homogeneity: int | None = None) -> Te
 
     Args:
         weights: an FFN's weights.
-        homogeneity: for a plain FFN, the degree of homogeneity of its activation; None if it is not homogeneous.
+        homogeneity: for a plain FFN, the degree of homogeneity of its activation; None if it is not homogeneous; 0 for
+            a gated one whose hidden activations are not linear in its second piece, so that it has no symmetry either.
 
     Returns:
         Tensor of shape (neurons,), or None if the FFN has no such symmetry. Gated: the sign makes the up-weights'
         largest entry positive.
     """
-    if not weights.gated and homogeneity is None:
+    if homogeneity == 0 or (not weights.gated and homogeneity is None):
         return None
     index, power = (1, 1) if weights.gated else (0, homogeneity or 1)
     dtype = torch.promote_types(weights.out_weight.dtype, torch.float32)

@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from ..ffn import FFN, find_ffns
+from ..tuner.experts import ExpertsLayer
 from ..tuner.layer import FusionLayer, showing
 from ..tuner.narrow import NarrowProjection
 from .batches import Batch
@@ -112,6 +113,12 @@ def fusion_layers(model: nn.Module) -> list[FusionLayer]:
     return [module for module in model.modules() if isinstance(module, FusionLayer)]
 
 
+def routed_experts(model: nn.Module) -> list[ExpertsLayer]:
+    """Those of a model's fusion layers that stand in for routed experts, and show narrow ones."""
+    layers = (layer for layer in fusion_layers(model) if isinstance(layer, ExpertsLayer))
+    return [layer for layer in layers if active_narrow(layer) is not None]
+
+
 def active_narrow(layer: FusionLayer) -> nn.Module | None:
     """The narrow projection that a layer shows, or None if none of its adapters is active."""
     active: Any = layer.active_adapters
@@ -147,6 +154,11 @@ def pair(model: nn.Module, reference: nn.Module | None) -> tuple[Network, Networ
         )
     fused = [ffn for ffn in find_ffns(model) if carries_adapter(ffn)]
     if reference is None:
+        if not fused and routed_experts(model):
+            raise ValueError(
+                f"The fusion adapter of {type(model).__name__} narrows routed experts alone, which cannot be looked at "
+                "one by one yet. Fuse shared experts or dense layers with them, or give the original as `reference`."
+            )
         if not fused:
             raise ValueError(
                 f"{type(model).__name__} has no active fusion adapter, so there is no original to compare it with. "

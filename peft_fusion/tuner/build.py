@@ -14,12 +14,14 @@ from ..fusing.recipe import Recipe
 from ..fusing.rows import balance
 from ..fusing.weights import FFNWeights, NarrowFFN
 from ..progress import progress
-from .narrow import LowRankProjection, NarrowInProjection, NarrowOutProjection, NarrowProjection
-from .plan import PlannedFFN
+from .build_experts import check_readable, empty_experts, fused_experts, random_experts
+from .narrow import LowRankProjection, Narrow, NarrowInProjection, NarrowOutProjection, NarrowProjection
+from .plan import AnyPlanned, PlannedFFN
+from .plan_experts import PlannedExperts
 from .stored import Shapes
 
 
-def fused_projections(plan: Sequence[PlannedFFN], recipe: Recipe) -> list[list[NarrowProjection]]:
+def fused_projections(plan: Sequence[AnyPlanned], recipe: Recipe) -> list[list[Narrow]]:
     """The narrow projections of every planned FFN, made from the weights that the model holds, without data.
 
     Args:
@@ -27,22 +29,39 @@ def fused_projections(plan: Sequence[PlannedFFN], recipe: Recipe) -> list[list[N
         recipe: how.
 
     Returns:
-        For each planned FFN its projections, the out-projection last.
+        For each planned FFN its projections, the out-projection last; of experts the one module of all.
 
     Raises:
         ValueError: if weights cannot be read, or hold NaN or infinite values.
     """
     for planned in plan:
-        check_finite(read_ffn(planned.ffn), planned.ffn)
-    result = []
-    for planned in progress(plan, "Fusing FFNs"):
-        weights = read_ffn(planned.ffn)  # one at a time: what is quantised or partitioned is whole while it is read
-        if find_method(recipe.method).low_rank:
-            result.append(_low_rank(weights, planned))
+        if isinstance(planned, PlannedExperts):
+            check_readable(planned)
         else:
-            narrow = narrow_by(weights, planned.width, recipe, planned.ffn.homogeneity)
-            result.append(projections_of(narrow, planned, recipe))
-    return result
+            check_finite(read_ffn(planned.ffn), planned.ffn)
+    return [_fused(planned, recipe) for planned in progress(plan, "Fusing FFNs")]
+
+
+def _fused(planned: AnyPlanned, recipe: Recipe) -> list[Narrow]:
+    if isinstance(planned, PlannedExperts):
+        return [fused_experts(planned, recipe)]
+    weights = read_ffn(planned.ffn)  # one at a time: what is quantised or partitioned is whole while it is read
+    if find_method(recipe.method).low_rank:
+        return [*_low_rank(weights, planned)]
+    narrow = narrow_by(weights, planned.width, recipe, planned.ffn.homogeneity)
+    return [*projections_of(narrow, planned, recipe)]
+
+
+def calibrated_projections(narrow: Mapping[str, NarrowFFN], planned: AnyPlanned, recipe: Recipe) -> Sequence[Narrow]:
+    """The narrow projections of a planned FFN that a calibration has made.
+
+    Args:
+        narrow: FFN name -> its narrow FFN.
+        planned: the FFN.
+        recipe: what they were made by.
+    """
+    assert isinstance(planned, PlannedFFN)
+    return projections_of(narrow[planned.ffn.name], planned, recipe)
 
 
 def whole(planned: PlannedFFN) -> NarrowFFN:
@@ -51,19 +70,23 @@ def whole(planned: PlannedFFN) -> NarrowFFN:
     return NarrowFFN(weights, torch.ones(weights.width, device=weights.out_weight.device))
 
 
-def random_projections(planned: PlannedFFN, recipe: Recipe, generator: torch.Generator) -> list[NarrowProjection]:
+def random_projections(planned: AnyPlanned, recipe: Recipe, generator: torch.Generator) -> Sequence[Narrow]:
     """Narrow projections of random weights, drawn by a generator on the CPU, and scales of one."""
+    if isinstance(planned, PlannedExperts):
+        return [random_experts(planned, recipe, generator)]
     shapes = planned.shapes(find_method(recipe.method).low_rank, recipe.scale)
     return _made_of(planned, shapes, lambda shape: torch.randn(shape, generator=generator, device="cpu") * 0.02, 1.0)
 
 
-def empty_projections(planned: PlannedFFN, shapes: Mapping[str, Shapes]) -> list[NarrowProjection]:
+def empty_projections(planned: AnyPlanned, shapes: Mapping[str, Shapes]) -> Sequence[Narrow]:
     """Narrow projections to load tensors into; NaN, so that tensors that never came cannot go unnoticed.
 
     Args:
         planned: the FFN.
         shapes: a projection's name -> "weight", "bias", ... -> shape.
     """
+    if isinstance(planned, PlannedExperts):
+        return [empty_experts(planned, shapes[planned.ffn.name])]
     return _made_of(planned, shapes, lambda shape: torch.full(shape, torch.nan), torch.nan)
 
 

@@ -8,15 +8,15 @@ from dataclasses import replace
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
-from ..ffn import FFN, features, find_ffns
+from ..ffn import AnyFFN, Experts, features, find_all
 from ..fusing.methods import find_method
 from ..fusing.settle import settle
 from .config import FusionConfig
-from .plan import PlannedFFN, plan_ffns
+from .plan import AnyPlanned, plan_ffns
 from .recipe import asked_recipe, recorded_recipe
-from .stored import Shapes, StoredTensors
+from .stored import SCALES, Shapes, StoredTensors
 
-Plan = list[tuple[PlannedFFN, dict[str, Shapes]]]
+Plan = list[tuple[AnyPlanned, dict[str, Shapes]]]
 """What to fuse, each with its projections' names -> "weight", "bias", ... -> shape."""
 
 
@@ -38,7 +38,7 @@ def plan_stored(model: nn.Module, config: FusionConfig, stored: StoredTensors) -
     low_rank = any("weight_in" in kinds for kinds in narrow.values())
     widths = _recorded_widths(model, config)
     if widths is None:
-        held = [ffn for ffn in find_ffns(model) if not narrow.keys().isdisjoint(ffn.projection_names)]
+        held = [ffn for ffn in find_all(model) if not narrow.keys().isdisjoint(ffn.projection_names)]
         widths = {ffn.name: _width(ffn, narrow, low_rank) for ffn in held}
     if not narrow or not widths:
         raise ValueError(
@@ -80,8 +80,9 @@ def shapes_to_save(model: nn.Module, config: FusionConfig) -> Shapes:
 def record(config: FusionConfig, plan: Plan) -> None:
     """Writes into a configuration what an adapter is that was loaded; what only its maker knew is left as it was."""
     kinds = [(name == p.ffn.projection_names[-1], k) for p, needed in plan for name, k in needed.items()]
+    scaled = {is_out for is_out, k in kinds if "scale" in k} | {False for _, k in kinds if "in_scale" in k}
     recipe = recorded_recipe(config) if config.fused else None
-    recipe = replace(recipe or asked_recipe(config), scale=scale_name({is_out for is_out, k in kinds if "scale" in k}))
+    recipe = replace(recipe or asked_recipe(config), scale=scale_name(scaled))
     if any("weight_in" in k for _, k in kinds):
         recipe = replace(recipe, method="svd")
     config.fused_by = recipe.to_dict()
@@ -97,7 +98,7 @@ def _recorded_widths(model: nn.Module, config: FusionConfig) -> dict[str, int] |
     """The widths of a saved adapter by its configuration, if the model has the FFNs it was made for."""
     if not config.fused or config.fused_widths is None:
         return None
-    found = {ffn.name: ffn.width for ffn in find_ffns(model)}
+    found = {ffn.name: ffn.width for ffn in find_all(model)}
     for name, (full, narrow) in config.fused_widths.items():
         if found.get(name) != full:
             has = f"has {found[name]} neurons there" if name in found else f"has no such FFN, but {sorted(found)[:4]}"
@@ -108,8 +109,12 @@ def _recorded_widths(model: nn.Module, config: FusionConfig) -> dict[str, int] |
     return {name: narrow for name, (_, narrow) in config.fused_widths.items()}
 
 
-def _width(ffn: FFN, narrow: Mapping[str, Shapes], low_rank: bool) -> int:
+def _width(ffn: AnyFFN, narrow: Mapping[str, Shapes], low_rank: bool) -> int:
     """The width that the shapes of an FFN's narrow tensors state; where they contradict each other, that of one."""
+    if isinstance(ffn, Experts):
+        shape = narrow[ffn.name].get(ffn.layout.names[1], ())
+        width = shape[1 if ffn.layout.transposed else 2] if len(shape) == 3 else ffn.width
+        return max(1, min(width, ffn.width))
     for name, module in zip(reversed(ffn.projection_names), reversed(ffn.base_projections), strict=True):
         shape = narrow.get(name, {}).get("weight", ())
         if len(shape) != 2:
@@ -123,11 +128,11 @@ def _width(ffn: FFN, narrow: Mapping[str, Shapes], low_rank: bool) -> int:
     return ffn.width
 
 
-def _needed(planned: PlannedFFN, narrow: Mapping[str, Shapes], low_rank: bool) -> dict[str, Shapes]:
+def _needed(planned: AnyPlanned, narrow: Mapping[str, Shapes], low_rank: bool) -> dict[str, Shapes]:
     """The shapes that the stored tensors of an FFN must have; a scale is needed where there is one."""
     ranks = {name: kinds["weight_in"][0] for name, kinds in narrow.items() if kinds.get("weight_in")}
     needed = planned.shapes(low_rank, "ntk", ranks)
     for name, kinds in needed.items():
-        if "scale" not in narrow.get(name, {}):
-            kinds.pop("scale", None)
+        for kind in SCALES & (kinds.keys() - narrow.get(name, {}).keys()):
+            kinds.pop(kind)
     return needed

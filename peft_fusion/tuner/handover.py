@@ -9,11 +9,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from ..ffn import read_ffn
+from ..ffn import read_all
 from ..fusing.methods import find_method
 from ..fusing.recipe import Recipe
 from ..fusing.weights import NarrowFFN
-from .plan import PlannedFFN
+from .plan import AnyPlanned
 
 _ATTRIBUTE = "_mlp_fusion_calibration"
 SAMPLED = (16, 256)  # rows and columns of each matrix that a fingerprint holds
@@ -36,9 +36,9 @@ class Fingerprint:
     precision: float
 
     @classmethod
-    def of(cls, planned: PlannedFFN) -> Fingerprint:
+    def of(cls, planned: AnyPlanned) -> Fingerprint:
         """The fingerprint of an FFN as it is; what is quantised or partitioned is whole only while it is read."""
-        blocks = read_ffn(planned.ffn).blocks()
+        blocks = [block for weights in read_all(planned.ffn) for block in weights.blocks()]
         sample = torch.cat([_some_of(block) for block in blocks])
         total = sum(float(block.sum(dtype=torch.float64)) for block in blocks)
         size = sum(float(block.abs().sum(dtype=torch.float64)) for block in blocks)
@@ -89,7 +89,7 @@ def handed_over(model: nn.Module) -> Calibrated | None:
     return found
 
 
-def allocated_widths(model: nn.Module, planned: Sequence[PlannedFFN]) -> dict[str, int]:
+def allocated_widths(model: nn.Module, planned: Sequence[AnyPlanned]) -> dict[str, int]:
     """The widths that a calibration allocated: FFN name -> width, of those that became narrower.
 
     Args:
@@ -123,7 +123,7 @@ def drop_calibrated(model: nn.Module) -> None:
         delattr(model, _ATTRIBUTE)
 
 
-def calibrated_for(model: nn.Module, planned: Sequence[PlannedFFN], asked: Recipe) -> Calibrated | None:
+def calibrated_for(model: nn.Module, planned: Sequence[AnyPlanned], asked: Recipe) -> Calibrated | None:
     """The narrow FFNs that a calibration made for just this; None if the model was not calibrated.
 
     Raises:

@@ -11,9 +11,9 @@ from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import Tensor, nn
 
 from ..ffn import ConfigWidth, fetching_hook, is_away, is_quantised, keep_away, offload, require_originals, restore
+from .narrow import Narrow, NarrowProjection, plain_projection
 from .narrow import NarrowInProjection as NarrowInProjection
 from .narrow import NarrowOutProjection as NarrowOutProjection
-from .narrow import NarrowProjection, plain_projection
 
 
 class FusionLayer(nn.Module, BaseTunerLayer):
@@ -43,7 +43,7 @@ class FusionLayer(nn.Module, BaseTunerLayer):
         self._offloads = False
         self._shown: bool | None = None  # see `showing`
 
-    def add_narrow(self, adapter_name: str, narrow: NarrowProjection, width: ConfigWidth | None) -> None:
+    def add_narrow(self, adapter_name: str, narrow: Narrow, width: ConfigWidth | None) -> None:
         """Adds an adapter's version of this projection.
 
         Args:
@@ -113,7 +113,7 @@ class FusionLayer(nn.Module, BaseTunerLayer):
         names = [n for n in wanted if n in self.mlp_fusion_narrow and n not in self.merged_adapters]
         check_one_active([*self.merged_adapters, *names])
         for name in names if safe_merge else ():
-            if not all(bool(torch.isfinite(t).all()) for t in self._narrow(name).folded() if t is not None):
+            if not all(bool(torch.isfinite(tensor).all()) for tensor in self._folded(name)):
                 raise ValueError(f"NaNs detected in the merged weights. The adapter {name} seems to be broken")
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
@@ -130,9 +130,8 @@ class FusionLayer(nn.Module, BaseTunerLayer):
         names = [n for n in check_adapters_to_merge(self, adapter_names) if n in self.mlp_fusion_narrow]
         if not names:
             return
-        weight, bias = self._narrow(names[0]).folded()
         wide = self.base_layer
-        self.base_layer = plain_projection(wide, weight.detach(), None if bias is None else bias.detach(), self._dtype)
+        self.base_layer = self.plain(names[0])
         self._wide.append(wide)
         self.merged_adapters.append(names[0])
 
@@ -184,17 +183,32 @@ class FusionLayer(nn.Module, BaseTunerLayer):
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Maps (..., in_features) to (..., out_features) of the original or of the active narrow projection."""
+        narrow = self.computing_narrow()
+        output: Tensor = self.computing_original()(x, *args, **kwargs) if narrow is None else narrow(x)
+        return output
+
+    def computing_narrow(self) -> nn.Module | None:
+        """The narrow module that computes; None where the original does, or what it was merged to."""
         original = self.disable_adapters or self.merged if self._shown is None else self._shown
-        narrow = None if original else self.active_narrow
-        if narrow is not None:
-            output: Tensor = narrow(x)
-            return output
+        return None if original else self.active_narrow
+
+    def computing_original(self) -> nn.Module:
+        """The plain module that computes where no narrow one does, with its weights in it."""
         base = self.base_layer if self._shown is None else self.original_layer
         restore(base)
-        return base(x, *args, **kwargs)
+        return base
+
+    def plain(self, adapter_name: str) -> nn.Module:
+        """The plain module that an adapter is merged to."""
+        weight, bias = self._narrow(adapter_name).folded()
+        return plain_projection(self.base_layer, weight.detach(), None if bias is None else bias.detach(), self._dtype)
 
     def __repr__(self) -> str:
         return "mlp_fusion." + super().__repr__()
+
+    def _folded(self, adapter_name: str) -> list[Tensor]:
+        """The tensors of the plain module that an adapter is merged to."""
+        return [tensor for tensor in self._narrow(adapter_name).folded() if tensor is not None]
 
     def _narrow(self, adapter_name: str) -> NarrowProjection:
         narrow = self.mlp_fusion_narrow[adapter_name]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 
 import torch
@@ -11,15 +11,16 @@ from peft.tuners.tuners_utils import BaseTuner, _ExcludedModule
 from torch import Tensor, nn
 
 from ..fusing.settle import settle
-from .build import empty_projections, fused_projections, projections_of, random_projections
+from .build import calibrated_projections, empty_projections, fused_projections, random_projections
 from .checkpoint import plan_announced, plan_stored, record
 from .config import FusionConfig
+from .experts import ExpertsLayer, NarrowExperts
 from .guarded import GuardedTuner
 from .handover import allocated_widths, calibrated_for, drop_calibrated
 from .layer import FusionLayer
 from .loading import tensors_to_come
-from .narrow import NarrowProjection
-from .plan import PlannedFFN, plan_ffns, warn_of_unstatable
+from .narrow import Narrow
+from .plan import AnyPlanned, plan_ffns, warn_of_unstatable
 from .recipe import asked_recipe
 from .state import keys_to_load, narrow_state_dict, recorded_scale
 from .stored import in_state_dict
@@ -88,7 +89,7 @@ class FusionModel(GuardedTuner):
         _check_name(adapter_name)
         self._stored = tensors_to_come(model, adapter_name) if state_dict is None else in_state_dict(state_dict)
         self._on_meta = low_cpu_mem_usage or _made_on_meta()
-        self._projections: dict[str, tuple[NarrowProjection, PlannedFFN]] = {}
+        self._projections: dict[str, tuple[Narrow, AnyPlanned]] = {}
         config = self.peft_config[adapter_name]
         try:
             with all_or_nothing(self.model, config):
@@ -165,7 +166,7 @@ class FusionModel(GuardedTuner):
             stored = self._stored
             expected = plan_announced(model, peft_config) if stored is None else plan_stored(model, peft_config, stored)
             plan = [planned for planned, _ in expected]
-            ffns = [empty_projections(planned, shapes) for planned, shapes in expected]
+            ffns: list[Sequence[Narrow]] = [empty_projections(planned, shapes) for planned, shapes in expected]
             record(peft_config, expected)
         else:
             plan = plan_ffns(model, peft_config)
@@ -177,19 +178,20 @@ class FusionModel(GuardedTuner):
                 self._projections[name] = (projection, planned)
 
     @staticmethod
-    def _made_anew(model: nn.Module, config: FusionConfig, plan: list[PlannedFFN]) -> list[list[NarrowProjection]]:
+    def _made_anew(model: nn.Module, config: FusionConfig, plan: list[AnyPlanned]) -> list[Sequence[Narrow]]:
         """The narrow projections of every planned FFN, fused or random."""
         warn_of_unstatable(model, plan)
         asked = asked_recipe(config)
         calibrated = calibrated_for(model, plan, asked) if config.init_weights else None
         recipe = settle(asked) if calibrated is None else calibrated.recipe
+        ffns: list[Sequence[Narrow]]
         if not config.init_weights:
             generator = torch.Generator().manual_seed(config.seed)
             ffns = [random_projections(planned, recipe, generator) for planned in plan]
         elif calibrated:
-            ffns = [projections_of(calibrated.narrow[p.ffn.name], p, recipe) for p in plan]
+            ffns = [calibrated_projections(calibrated.narrow, p, recipe) for p in plan]
         else:
-            ffns = fused_projections(plan, recipe)
+            ffns = [*fused_projections(plan, recipe)]
         config.fused_widths = {p.ffn.name: [p.ffn.width, p.width] for p in plan}
         config.fused_by = recipe.to_dict()
         return ffns
@@ -213,7 +215,8 @@ class FusionModel(GuardedTuner):
         is_out = current_key == planned.ffn.projection_names[-1]
         if _made_on_meta():
             projection.to("meta")
-        layer = target if isinstance(target, FusionLayer) else FusionLayer(target, getattr(self.model, "dtype", None))
+        kind = ExpertsLayer if isinstance(projection, NarrowExperts) else FusionLayer
+        layer = target if isinstance(target, FusionLayer) else kind(target, getattr(self.model, "dtype", None))
         layer.add_narrow(adapter_name, projection, planned.config_width if is_out else None)
         if layer is not target:
             self._replace_module(parent, target_name, layer, target)

@@ -12,11 +12,40 @@ from transformers.pytorch_utils import Conv1D
 from ..ffn import blank_like, is_quantised
 
 
-class NarrowProjection(nn.Module):
-    """One projection of a narrow FFN: trainable weights and, where there is one, a fixed scale of the neurons.
+class Narrow(nn.Module):
+    """What an adapter trains in the place of one module: weights and, where there are any, fixed scales of neurons.
 
-    It is a leaf that owns its scale, so that FSDP may shard it on its own, and it is not an `nn.Linear`, so that
-    LoRA's "all-linear" leaves it alone.
+    It is a leaf that owns its scales, so that FSDP may shard it on its own, and it is not an `nn.Linear`, so that
+    LoRA's "all-linear" leaves it alone. `shapes` are those of all of its tensors, scales that it may get included.
+    """
+
+    scale: Tensor | None
+    shapes: dict[str, tuple[int, ...]]
+
+    @property
+    def scaled(self) -> set[bool]:
+        """For each of its scales, whether it multiplies hidden activations."""
+        raise NotImplementedError
+
+    def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: Any, **kwargs: Any) -> None:
+        """Loads what a state dict holds of this module, which then has the scales that are in it."""
+        held = {name for name in (*self._parameters, *self._buffers) if prefix + name in state_dict}
+        missing = [name for name, parameter in self._parameters.items() if parameter is not None and name not in held]
+        if held and missing:
+            raise ValueError(
+                f"The state dict holds {prefix + min(held)!r}, but not {prefix + missing[0]!r}: a narrow projection is "
+                "loaded as a whole."
+            )
+        for name, buffer in list(self._buffers.items()) if held else ():
+            stored = state_dict.get(prefix + name) if name in self.shapes else buffer
+            if stored is None or buffer is None:
+                device = next(self.parameters()).device
+                setattr(self, name, None if stored is None else torch.empty_like(stored, device=device))
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
+
+class NarrowProjection(Narrow):
+    """One projection of a narrow FFN: trainable weights and, where there is one, a fixed scale of the neurons.
 
     Args:
         weight: tensor of shape (out_features, in_features).
@@ -25,7 +54,6 @@ class NarrowProjection(nn.Module):
     """
 
     bias: nn.Parameter | None
-    scale: Tensor | None
 
     def __init__(self, weight: Tensor, bias: Tensor | None, scale: Tensor | None) -> None:
         super().__init__()
@@ -43,20 +71,9 @@ class NarrowProjection(nn.Module):
         """Weight and bias of the plain projection with the same output, the scale multiplied in."""
         raise NotImplementedError
 
-    def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: Any, **kwargs: Any) -> None:
-        """Loads what a state dict holds of this projection, which then has a scale if there is one in it."""
-        held = {name for name in (*self._parameters, "scale") if prefix + name in state_dict}
-        missing = [name for name, parameter in self._parameters.items() if parameter is not None and name not in held]
-        if held and missing:
-            raise ValueError(
-                f"The state dict holds {prefix + min(held)!r}, but not {prefix + missing[0]!r}: a narrow projection is "
-                "loaded as a whole."
-            )
-        if held and "scale" in self.shapes:
-            stored = state_dict.get(f"{prefix}scale")
-            if stored is None or self.scale is None:
-                self.scale = None if stored is None else torch.empty_like(stored, device=self.weight.device)
-        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+    @property
+    def scaled(self) -> set[bool]:
+        return set() if self.scale is None else {isinstance(self, NarrowOutProjection)}
 
 
 class NarrowInProjection(NarrowProjection):

@@ -12,23 +12,27 @@ from transformers import PreTrainedModel
 
 from ..ffn import (
     FFN,
+    AnyFFN,
     ConfigWidth,
+    Experts,
     Selection,
     check_between,
     check_can_leave,
     config_widths,
     features,
-    find_ffns,
+    find_all,
     places,
     select_ffns,
     state_widths,
     target_widths,
     unreadable_projections,
+    width_steps,
 )
 from ..fusing.methods import find_method
 from ..fusing.methods.svd import rank_for
 from .config import FusionConfig
 from .layer import FusionLayer
+from .plan_experts import PlannedExperts, check_can_fuse_experts
 
 
 @dataclass(frozen=True)
@@ -74,9 +78,12 @@ class PlannedFFN:
         return rank_for(in_features, out_features, self.width / self.ffn.width)
 
 
+AnyPlanned = PlannedFFN | PlannedExperts
+
+
 def plan_ffns(
     model: nn.Module, config: FusionConfig, widths: Mapping[str, int] | None = None, low_rank: bool | None = None
-) -> list[PlannedFFN]:
+) -> list[AnyPlanned]:
     """What an adapter does to a model.
 
     Args:
@@ -92,7 +99,7 @@ def plan_ffns(
         ValueError: if the model has no FFN of a known layout, the configuration does not fit it, or an FFN
             cannot be fused.
     """
-    ffns = find_ffns(model)
+    ffns = find_all(model)
     if not ffns and (classes := unreadable_projections(model)):
         raise ValueError(
             f"{type(model).__name__} has FFNs, but their projections are of the class {', '.join(classes)}, which "
@@ -103,21 +110,25 @@ def plan_ffns(
             f"{type(model).__name__} has no FFN of a layout that is known. If it has FFNs of its own, describe "
             "how they name their projections with `peft_fusion.ffn.register_layout(FFNLayout(...))`."
         )
-    widths = _configured_widths(ffns, config) if widths is None else widths
+    widths = _configured_widths(model, ffns, config) if widths is None else widths
     low_rank = find_method(config.method).low_rank if low_rank is None else low_rank
     chosen = [ffn for ffn in ffns if ffn.name in widths]
+    experts = [ffn for ffn in chosen if isinstance(ffn, Experts)]
+    dense = [ffn for ffn in chosen if isinstance(ffn, FFN)]
     for ffn in chosen:
         _check_no_adapter(ffn)
+    for ffn in dense:
         check_can_leave(ffn, config.base_weights)
     _check_unshared(model, chosen)
-    check_between(chosen)
+    check_between(dense)
+    check_can_fuse_experts(experts, config, low_rank)
     _check_modules_to_save(model, config)
     kept = {ffn.name: ffn.width for ffn in ffns} if low_rank else {}  # merged, they are as wide as ever
     stated = config_widths(model, ffns, {name: kept.get(name, width) for name, width in widths.items()})
-    return [PlannedFFN(ffn, widths[ffn.name], stated[ffn.name]) for ffn in chosen]
+    return [planned(ffn, widths[ffn.name], stated[ffn.name]) for ffn in chosen]
 
 
-def warn_of_unstatable(model: nn.Module, plan: Sequence[PlannedFFN]) -> None:
+def warn_of_unstatable(model: nn.Module, plan: Sequence[AnyPlanned]) -> None:
     """Warns where widths will differ that no checkpoint of the merged model can state, while that is easily changed."""
     differ = [planned for planned in plan if planned.config_width.attribute and planned.config_width.width is None]
     if not differ or not isinstance(model, PreTrainedModel):
@@ -128,7 +139,14 @@ def warn_of_unstatable(model: nn.Module, plan: Sequence[PlannedFFN]) -> None:
         warnings.warn(f"Merged, this model could not be exported. {error}", stacklevel=2)
 
 
-def _configured_widths(ffns: list[FFN], config: FusionConfig) -> dict[str, int]:
+def planned(ffn: AnyFFN, width: int, config_width: ConfigWidth) -> AnyPlanned:
+    """What is to be done to an FFN of either kind."""
+    if isinstance(ffn, Experts):
+        return PlannedExperts(ffn, width, config_width)
+    return PlannedFFN(ffn, width, config_width)
+
+
+def _configured_widths(model: nn.Module, ffns: list[AnyFFN], config: FusionConfig) -> dict[str, int]:
     selection = Selection(
         target_modules=config.target_modules,
         exclude_modules=config.exclude_modules,
@@ -137,12 +155,13 @@ def _configured_widths(ffns: list[FFN], config: FusionConfig) -> dict[str, int]:
         modules_to_save=config.modules_to_save,
     )
     chosen = select_ffns(ffns, selection)
+    steps = width_steps(model, ffns, config.multiple_of)
     return target_widths(
-        chosen, float(config.ratio), config.intermediate_size, config.width_pattern, config.multiple_of
+        chosen, float(config.ratio), config.intermediate_size, config.width_pattern, config.multiple_of, steps
     )
 
 
-def _check_no_adapter(ffn: FFN) -> None:
+def _check_no_adapter(ffn: AnyFFN) -> None:
     for name, module in zip(ffn.projection_names, ffn.projections, strict=True):
         if isinstance(module, BaseTunerLayer) and not isinstance(module, FusionLayer):
             raise ValueError(
@@ -151,7 +170,7 @@ def _check_no_adapter(ffn: FFN) -> None:
             )
 
 
-def _check_unshared(model: nn.Module, ffns: Iterable[FFN]) -> None:
+def _check_unshared(model: nn.Module, ffns: Iterable[AnyFFN]) -> None:
     """Refuses a projection that is held in two places: a narrow one would replace it in one of them only."""
     held = places(model)
     for ffn in ffns:

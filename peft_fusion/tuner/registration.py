@@ -186,11 +186,24 @@ def _check_targets(
         config = _maybe_include_all_linear_layers(config, model)
         matches = {name: tuner._check_target_module_exists(config, name) for name in fused}
         hit = [name for name, match in matches.items() if match and not isinstance(match, _ExcludedModule)]
+        hit += _parameters_hit(model, config, fused)
     if hit:
         shown = ", ".join(hit[:3]) + (f" and {len(hit) - 3} more" if len(hit) > 3 else "")
         raise ValueError(
-            f"`target_modules` of the {config.peft_type.value} adapter names projections of fused FFNs: {shown}. It "
-            "would be sized for their original width. Leave them out (`target_modules` of the attention alone, or "
-            '"all-linear", which does so), or call `peft_fusion.fuse(model, config)` first: that gives a plain '
-            "narrow model, to which any method applies, its FFNs included."
+            f"`target_modules` or `target_parameters` of the {config.peft_type.value} adapter names projections of "
+            f"fused FFNs: {shown}. It would be sized for their original width. Leave them out (`target_modules` of the "
+            'attention alone, or "all-linear", which does so), or call `peft_fusion.fuse(model, config)` first: that '
+            "gives a plain narrow model, to which any method applies, its FFNs included."
         )
+
+
+def _parameters_hit(model: nn.Module, config: PeftConfig, fused: Iterable[str]) -> list[str]:
+    """The original parameters below fused modules that a configuration names, beneath the adapter or as if without."""
+    targets = tuple(f".{target}" for target in getattr(config, "target_parameters", None) or ())
+    found = []
+    for name in fused if targets else ():
+        base: nn.Module = model.get_submodule(name).get_base_layer()  # type: ignore[operator]
+        for parameter, _ in base.named_parameters(recurse=False):
+            if f".{name}.{parameter}".endswith(targets) or f".{name}.base_layer.{parameter}".endswith(targets):
+                found.append(f"{name}.{parameter}")
+    return found

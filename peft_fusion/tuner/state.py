@@ -9,8 +9,8 @@ from torch import Tensor, nn
 from .checkpoint import scale_name, shapes_to_save
 from .config import FusionConfig
 from .layer import FusionLayer
-from .narrow import NarrowOutProjection, NarrowProjection
-from .stored import MARK, PREFIX, StoredTensors, in_state_dict
+from .narrow import Narrow
+from .stored import MARK, PREFIX, SCALES, StoredTensors, in_state_dict
 
 
 def narrow_state_dict(model: nn.Module, adapter_name: str, state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -26,7 +26,7 @@ def narrow_state_dict(model: nn.Module, adapter_name: str, state_dict: Mapping[s
         prefix = f"{name}{MARK}{adapter_name}."
         found.update((key, tensor) for key, tensor in state_dict.items() if key.startswith(prefix))
         narrow = layer.mlp_fusion_narrow[adapter_name]
-        if isinstance(narrow, NarrowProjection):
+        if isinstance(narrow, Narrow):
             for kind, tensor in [*narrow.named_parameters(), *narrow.named_buffers()]:
                 found.setdefault(prefix + kind, tensor.detach())
     return found
@@ -35,7 +35,7 @@ def narrow_state_dict(model: nn.Module, adapter_name: str, state_dict: Mapping[s
 def recorded_scale(model: nn.Module, adapter_name: str) -> str:
     """What a recipe calls the scales that an adapter has by now: "counts", "ntk" or "none"."""
     projections = _projections(model, adapter_name).values()
-    return scale_name({isinstance(p, NarrowOutProjection) for p in projections if p.scale is not None})
+    return scale_name({is_out for projection in projections for is_out in projection.scaled})
 
 
 def keys_to_load(model: nn.Module, adapter_name: str, state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -74,8 +74,8 @@ def check_fits(model: nn.Module, adapter_name: str, stored: StoredTensors, confi
     if narrow:
         needed = {_bare(name): dict(p.shapes) for name, p in _projections(model, adapter_name).items()}
         for name, kinds in needed.items():
-            if "scale" not in narrow.get(name, {}):
-                kinds.pop("scale", None)
+            for kind in SCALES & (kinds.keys() - narrow.get(name, {}).keys()):
+                kinds.pop(kind)
         stored.check_narrow(needed)
     if config is not None:
         modules = {_bare(name): shape for name, shape in shapes_to_save(model, config).items()}
@@ -100,13 +100,13 @@ def _layers(model: nn.Module, adapter_name: str) -> dict[str, FusionLayer]:
     }
 
 
-def _projections(model: nn.Module, adapter_name: str) -> dict[str, NarrowProjection]:
+def _projections(model: nn.Module, adapter_name: str) -> dict[str, Narrow]:
     """An adapter's projections beneath any wrapper, by the names of their layers."""
     found = {}
     for name, layer in _layers(model, adapter_name).items():
         narrow = layer.mlp_fusion_narrow[adapter_name]
         narrow = getattr(narrow, "_fsdp_wrapped_module", narrow)
-        assert isinstance(narrow, NarrowProjection)
+        assert isinstance(narrow, Narrow)
         found[name] = narrow
     return found
 

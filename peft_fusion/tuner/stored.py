@@ -21,6 +21,7 @@ Shapes = dict[str, tuple[int, ...]]
 
 MARK = ".mlp_fusion_narrow."
 PREFIX = "base_model.model."
+SCALES = frozenset({"scale", "in_scale"})
 FILES = (SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME)
 
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from peft_fusion import FusionConfig
-from peft_fusion.ffn import find_ffns, read_ffn
+from peft_fusion.ffn import find_all, find_ffns, read_all
 
 # What the sizes are called in one config or another -> small ones.
 SIZES = {
@@ -51,8 +51,7 @@ def tiny(model_type: str) -> nn.Module:
     known = vars(config_class())
     torch.manual_seed(0)
     model = tf.AutoModel.from_config(config_class(**{key: value for key, value in SIZES.items() if key in known}))
-    for ffn in find_ffns(model):
-        weights = read_ffn(ffn)
+    for weights in (weights for ffn in find_all(model) for weights in read_all(ffn)):
         for block in weights.blocks():  # views of the model's own
             half = len(block) // 2
             block[half:] = block[:half]
