@@ -84,7 +84,7 @@ def distill(
             beside the narrow FFNs, or modules that are trained in full) or "all" (all that a `teacher` does not share).
         outputs: what is compared: "logits", "hidden_states" (those behind the last layer, by their relative squared
             distance) or "auto": logits, unless of a head that is not trained yet (all of its biases are zero).
-        args: `Trainer`'s arguments; all of them apply. None: one epoch of AdamW in one cosine from 5e-4, 16 sequences
+        args: `Trainer`'s arguments; all of them apply. None: one epoch of AdamW in one cosine from 2e-4, 16 sequences
             a step, in bfloat16 where that is fast.
         callbacks: for `Trainer`.
         own_text: a `.safetensors` file that the sampled text is written to, or read from if it exists.

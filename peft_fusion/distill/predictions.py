@@ -16,7 +16,8 @@ from ..observe.divergence import kl_divergences
 from ..observe.networks import Network, fusion_layers
 from ..observe.outputs import has_trained_head, run_whole, speaks
 from ..observe.unwrap import unwrapped
-from ..tuner.layer import FusionLayer, showing
+from ..tuner.layer import FusionLayer
+from ..tuner.showing import showing
 
 OUTPUTS = ("auto", "logits", "hidden_states")
 

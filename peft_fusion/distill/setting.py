@@ -19,7 +19,7 @@ from ..observe.networks import active_narrow, fusion_layers
 
 TRAINED = ("narrow", "adapters", "all")
 CHECKS = 8  # how often a run of which nothing is said looks at the held-out sequences
-BATCH_SIZE, LEARNING_RATE = 16, 5e-4
+BATCH_SIZE, LEARNING_RATE = 16, 2e-4
 
 
 @contextmanager

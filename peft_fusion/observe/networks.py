@@ -15,8 +15,9 @@ from transformers.pytorch_utils import Conv1D
 
 from ..ffn import FFN, find_ffns
 from ..tuner.experts import ExpertsLayer
-from ..tuner.layer import FusionLayer, showing
+from ..tuner.layer import FusionLayer
 from ..tuner.narrow import NarrowProjection
+from ..tuner.showing import showing
 from .batches import Batch
 from .unwrap import unwrapped
 

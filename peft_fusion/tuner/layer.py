@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import Tensor, nn
 
-from ..ffn import ConfigWidth, fetching_hook, is_away, is_quantised, keep_away, offload, require_originals, restore
+from ..ffn import ConfigWidth, fetching_hook, is_quantised, keep_away, offload, require_originals, restore
 from .narrow import Narrow, NarrowProjection, plain_projection
 from .narrow import NarrowInProjection as NarrowInProjection
 from .narrow import NarrowOutProjection as NarrowOutProjection
@@ -227,37 +226,3 @@ def check_one_active(names: Sequence[str]) -> None:
             f"The fusion adapters {list(names)} cannot be active or merged together: an FFN is replaced by one narrow "
             "FFN, and two of them do not add up to a third. Choose one with `set_adapter`."
         )
-
-
-@contextmanager
-def showing(layers: Iterable[FusionLayer], originals: bool) -> Iterator[None]:
-    """Has layers compute one of their two sides as long as the block runs, whatever is merged or disabled.
-
-    Nothing else about them changes: what is merged stays merged, and offloaded originals are offloaded again.
-
-    Args:
-        layers: the layers.
-        originals: whether they compute their original projections, or their active narrow ones (a layer without an
-            active one goes on with its original).
-
-    Raises:
-        RuntimeError: if original weights that are to compute were dropped.
-    """
-    layers = list(layers)
-    computing = [layer for layer in layers if originals or layer.active_narrow is None]
-    for layer in computing:
-        layer.require_originals()
-    before = [layer._shown for layer in layers]
-    away = [layer.original_layer for layer in computing if is_away(layer.original_layer)]
-    try:
-        for layer in computing:
-            layer.follow()
-            restore(layer.original_layer)
-        for layer in layers:
-            layer._shown = originals
-        yield
-    finally:
-        for layer, shown in zip(layers, before, strict=True):
-            layer._shown = shown
-        for module in away:
-            offload(module, keep=True)

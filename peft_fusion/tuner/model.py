@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from types import MappingProxyType
+from collections.abc import Sequence
 
 import torch
 from peft import PeftConfig
@@ -19,6 +18,7 @@ from .guarded import GuardedTuner
 from .handover import allocated_widths, calibrated_for, drop_calibrated
 from .layer import FusionLayer
 from .loading import tensors_to_come
+from .names import check_name, forget_refused_adapter
 from .narrow import Narrow
 from .plan import AnyPlanned, plan_ffns, warn_of_unstatable
 from .recipe import asked_recipe
@@ -57,14 +57,14 @@ class FusionModel(GuardedTuner):
         held = getattr(model, "peft_config", None) or {}
         before = dict(held)
         try:
-            _check_name(adapter_name, held)
+            check_name(adapter_name, held)
             super().__init__(
                 model, peft_config, adapter_name, low_cpu_mem_usage=low_cpu_mem_usage, state_dict=state_dict
             )
         except BaseException:
             held.clear()  # the tuners of one model share this dictionary
             held.update(before)
-            _forget_refused_adapter(model)
+            forget_refused_adapter(model)
             raise
 
     @classmethod
@@ -86,7 +86,7 @@ class FusionModel(GuardedTuner):
         state_dict: dict[str, Tensor] | None = None,
     ) -> None:
         """Plans, makes the narrow weights and only then changes the model; see `BaseTuner.inject_adapter`."""
-        _check_name(adapter_name)
+        check_name(adapter_name)
         self._stored = tensors_to_come(model, adapter_name) if state_dict is None else in_state_dict(state_dict)
         self._on_meta = low_cpu_mem_usage or _made_on_meta()
         self._projections: dict[str, tuple[Narrow, AnyPlanned]] = {}
@@ -229,27 +229,3 @@ class FusionModel(GuardedTuner):
 def _made_on_meta() -> bool:
     """Whether parameters made now have no memory, as under accelerate's `init_empty_weights`; draws no number."""
     return nn.LayerNorm(1).weight.is_meta
-
-
-def _check_name(name: str, held: Mapping[str, PeftConfig] = MappingProxyType({})) -> None:
-    """Refuses a name that torch cannot give to a submodule, or that another adapter of the model has.
-
-    Raises:
-        ValueError: if it is empty, has a dot in it, is an attribute of `nn.ModuleDict`, or taken.
-    """
-    if not name or "." in name or hasattr(nn.ModuleDict(), name):
-        raise ValueError(
-            f"An adapter cannot be named {name!r}: the name must not be empty, have a dot in it, or be an attribute "
-            'of `torch.nn.ModuleDict` ("keys", "forward", ...). Choose another `adapter_name`.'
-        )
-    if name in held:
-        raise ValueError(f"The model already has an adapter named {name!r}. Give this one another `adapter_name`.")
-
-
-def _forget_refused_adapter(model: nn.Module) -> None:
-    """Takes back transformers' note that a model has adapters, if the first one was refused.
-
-    `add_adapter` and `load_adapter` set it before they try, and would then fail on the corrected second try.
-    """
-    if not getattr(model, "peft_config", None):
-        vars(model).pop("_hf_peft_config_loaded", None)  # the class says that there are none

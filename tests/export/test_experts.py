@@ -9,7 +9,13 @@ from peft import get_peft_model
 
 from peft_fusion import FusionConfig, export
 
-SIZES = {"vocab_size": 99, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
+SIZES = {
+    "vocab_size": 99,
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+}
 MODELS = {
     "mixtral": lambda: tf.MixtralForCausalLM(tf.MixtralConfig(**SIZES, intermediate_size=32, num_local_experts=4)),
     "qwen3_moe": lambda: tf.Qwen3MoeForCausalLM(

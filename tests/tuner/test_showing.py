@@ -10,7 +10,8 @@ from architectures import BY_NAME
 from helpers import half, logits
 from peft import PeftModel, get_peft_model
 
-from peft_fusion.tuner.layer import FusionLayer, showing
+from peft_fusion.tuner.layer import FusionLayer
+from peft_fusion.tuner.showing import showing
 
 LLAMA = BY_NAME["llama"]
 
