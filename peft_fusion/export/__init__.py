@@ -23,6 +23,7 @@ from .card import Made, card
 from .check import check_reload, outputs_to_match, random_batch, tolerance
 from .folder import check_free, written_whole
 from .form import CheckpointForm
+from .hub import check_upload, upload
 from .merged import active_configs, check_mergeable, merged_copy, merged_widths
 
 __all__ = ["Exported", "export"]
@@ -40,6 +41,7 @@ class Exported:
         parameters: before and now.
         size: bytes of its weights.
         difference: by how much its outputs differ from the fused model's, of their norm; None if not checked.
+        repository: its id on the Hub; None if it was not uploaded.
     """
 
     directory: str
@@ -49,6 +51,7 @@ class Exported:
     parameters: tuple[int, int]
     size: int
     difference: float | None
+    repository: str | None = None
 
 
 def export(
@@ -60,6 +63,10 @@ def export(
     check: bool | Batch = True,
     overwrite: bool = False,
     max_shard_size: str | int = "5GB",
+    push_to_hub: str | None = None,
+    private: bool | None = None,
+    token: str | bool | None = None,
+    commit_message: str | None = None,
 ) -> Exported:
     """Writes a model with its adapters merged as a plain transformers checkpoint: weights, configs, tokenizer, card.
 
@@ -85,18 +92,25 @@ def export(
             on random tokens, or on a batch if one is given. It takes the exported model's memory once more, on the CPU.
         overwrite: whether to replace a model that is there.
         max_shard_size: of one file of weights.
+        push_to_hub: id of the repository that the folder is uploaded to as well, `me/small` say; made if need be.
+        private: whether a new repository is.
+        token: of the Hub; None: the one that is stored on this machine.
+        commit_message: of the upload.
 
     Returns:
         What was written.
 
     Raises:
         ValueError: before any work, if the directory is taken, the model cannot be merged, no checkpoint can state its
-            widths, there is no tokenizer, or outputs cannot be compared.
+            widths, there is no tokenizer, outputs cannot be compared, or nothing can be uploaded.
+        OSError: before any work, if the Hub does not accept the token.
         RuntimeError: if what was written does not load, or computes something else; nothing is left of it then.
     """
     target, host = Path(os.path.abspath(directory)), unwrapped(model)
     check_mergeable(host)
     check_free(target, overwrite)
+    if push_to_hub is not None:
+        check_upload(push_to_hub, token)
     widths = merged_widths(host)
     stated = state_widths(host, {name: now for name, (_, now) in widths.items()})
     form = CheckpointForm.of(host, stated)
@@ -113,11 +127,16 @@ def export(
         form.write(merged, folder, max_shard_size)
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)
-        (folder / "README.md").write_text(card(made, target.name), encoding="utf-8")
+        (folder / "README.md").write_text(card(made, target.name, push_to_hub or "."), encoding="utf-8")
         if batch is not None and expected is not None:
             difference = check_reload(folder, form.loaded_by, batch, expected, tolerance(merged))
         size = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
-    return Exported(str(target), form.loaded_by, form.needs_code, dict(made.widths), made.parameters, size, difference)
+    repository = None
+    if push_to_hub is not None:
+        repository = upload(target, push_to_hub, private=private, token=token, message=commit_message)
+    return Exported(
+        str(target), form.loaded_by, form.needs_code, dict(made.widths), made.parameters, size, difference, repository
+    )
 
 
 def _tokenizer_of(host: Any) -> Any:

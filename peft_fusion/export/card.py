@@ -71,12 +71,13 @@ class Made:
     fidelity: str = ""
 
 
-def card(made: Made, title: str) -> str:
+def card(made: Made, title: str, place: str = ".") -> str:
     """The text of the card.
 
     Args:
         made: what there is to tell.
         title: the model's name.
+        place: where it is loaded from: its Hub id, or the folder that the card is in.
     """
     metadata = ["library_name: transformers", "tags:", "- peft-fusion"]
     if made.on_hub:
@@ -87,7 +88,7 @@ def card(made: Made, title: str) -> str:
         metadata="\n".join(metadata),
         title=title,
         what=f"A smaller `{made.base}`." if made.base else "A smaller model.",
-        loading=_loading(made),
+        loading=_loading(made, place),
         note=MIXED if made.mixed else STOCK,
         widths=rows or "| (not recorded: the model was narrow already) | | |",
         before=before,
@@ -98,11 +99,11 @@ def card(made: Made, title: str) -> str:
     )
 
 
-def _loading(made: Made) -> str:
+def _loading(made: Made, place: str) -> str:
     """The lines that load it."""
     trust = ", trust_remote_code=True" if made.mixed else ""
-    tokenizer = f'tokenizer = AutoTokenizer.from_pretrained("{"." if made.tokenizer else made.base}")'
-    lines = [f"from transformers import {made.kind}", "", f'model = {made.kind}.from_pretrained("."{trust})']
+    tokenizer = f'tokenizer = AutoTokenizer.from_pretrained("{place if made.tokenizer else made.base}")'
+    lines = [f"from transformers import {made.kind}", "", f'model = {made.kind}.from_pretrained("{place}"{trust})']
     if made.tokenizer or made.on_hub:
         lines[0] += ", AutoTokenizer"
         lines.append(tokenizer)
