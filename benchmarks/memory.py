@@ -23,6 +23,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import LoraConfig, get_peft_model
@@ -40,7 +41,10 @@ def main() -> None:
     if options.row:
         print(json.dumps(measure(options)))
         return
-    rows = {precision: {row: run_fresh(row, precision) for row in ROWS} for precision in PRECISIONS}
+    rows = {
+        precision: {row: run_fresh(__file__, "--row", row, "--precision", precision) for row in ROWS}
+        for precision in PRECISIONS
+    }
     print(f"{'':8}" + "".join(f"{precision + ' MB':>12} {'set-up MB':>12} {'of native':>10}" for precision in rows))
     for row in ROWS:
         cells = (
@@ -72,9 +76,9 @@ def parse_arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def run_fresh(row: str, precision: str) -> dict[str, float]:
-    """One row, by this script in a process of its own."""
-    command = [sys.executable, __file__, *sys.argv[1:], "--row", row, "--precision", precision]
+def run_fresh(script: str, *more: str) -> Any:
+    """What a script prints last, as JSON, in a process of its own with the same and more arguments."""
+    command = [sys.executable, script, *sys.argv[1:], *more]
     result = subprocess.run(command, stdout=subprocess.PIPE, check=True, text=True, env=os.environ | ALLOCATOR)
     return json.loads(result.stdout.splitlines()[-1])
 

@@ -99,7 +99,7 @@ def distill(
         RuntimeError: if the original weights were dropped and no teacher is given.
     """
     _check(model, data, tokens, train, outputs, own_text, teacher)
-    original, fused = pair(model, teacher)
+    original, fused = pair(model, teacher, each_ffn=False)
     host = fused.model
     with original.running():
         examples = (

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -11,6 +12,8 @@ from .find import FFN, across_neurons, features, function_name
 from .probe import difference, run_with_stubs
 from .storage import blank_like
 from .structure import attributes_between, modules_between, runs_plainly
+
+Item = TypeVar("Item")
 
 # What code raises that cannot do with what it is given here. Anything else, out-of-memory with it, goes through.
 CANNOT_RUN = (TypeError, ValueError, AttributeError, LookupError, AssertionError, UnboundLocalError, RuntimeError)
@@ -25,17 +28,35 @@ def check_between(ffns: Iterable[FFN]) -> None:
     Raises:
         ValueError: naming the first such FFN, what is between its projections, and what to do.
     """
-    alike: dict[object, list[FFN]] = {}
-    for ffn in ffns:
-        alike.setdefault(_kind(ffn), []).append(ffn)
+    found = first_problem(ffns, _kind, _problem)
+    if found is not None:
+        first, more, problem = found
+        raise ValueError(
+            f"The FFN {first.name!r}{more}, of a {type(first.holder).__name__}, cannot be fused: {problem}. Leave "
+            "it out with `exclude_modules`, or say with `register_layout` where its neurons are."
+        )
+
+
+def first_problem(
+    items: Iterable[Item], kind: Callable[[Item], object], problem: Callable[[Item], str | None]
+) -> tuple[Item, str, str] | None:
+    """Tries one of those that are alike, and finds the first with a problem.
+
+    Args:
+        items: what is tried.
+        kind: the same for those that behave alike.
+        problem: tries one, and says what is wrong with it, if anything.
+
+    Returns:
+        It, how many more are like it in words, and its problem; None if there is none.
+    """
+    alike: dict[object, list[Item]] = {}
+    for item in items:
+        alike.setdefault(kind(item), []).append(item)
     for first, *others in alike.values():
-        problem = _problem(first)
-        if problem is not None:
-            more = f" (and {len(others)} more like it)" if others else ""
-            raise ValueError(
-                f"The FFN {first.name!r}{more}, of a {type(first.holder).__name__}, cannot be fused: {problem}. Leave "
-                "it out with `exclude_modules`, or say with `register_layout` where its neurons are."
-            )
+        if (found := problem(first)) is not None:
+            return first, f" (and {len(others)} more like it)" if others else "", found
+    return None
 
 
 def _kind(ffn: FFN) -> tuple[object, ...]:

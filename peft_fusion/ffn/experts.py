@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from .experts_layout import ExpertsLayout, layout_of
 from .find import HOMOGENEITY, base_of, function_name
 from .originals import original_shape
+from .storage import blank_like
 
 ACTIVATIONS = ("act_fn", "activation_fn", "act", "activation")
 NOT_LINEAR = 0  # see `Experts.homogeneity`
@@ -93,9 +94,8 @@ class Experts:
 
     @property
     def like(self) -> Tensor:
-        """An empty tensor on the device and in the precision of their weights."""
-        weight = getattr(self.module, self.layout.in_projection)
-        return torch.empty(0, dtype=weight.dtype, device=weight.device)
+        """An empty tensor on the device and in the precision that stand-ins for their weights get."""
+        return blank_like(self.module, self.layout.in_projection)
 
     @property
     def _out_shape(self) -> tuple[int, ...]:

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
-from .between import CANNOT_RUN
+from .between import CANNOT_RUN, first_problem
 from .experts import Experts, hidden_activations
 from .experts_run import after_projection, is_routed
 from .experts_weights import experts_like
@@ -32,17 +32,13 @@ def check_experts(found: Iterable[Experts]) -> None:
     Raises:
         ValueError: naming the first such experts, what they do, and what to do.
     """
-    alike: dict[object, list[Experts]] = {}
-    for experts in found:
-        alike.setdefault(_kind(experts), []).append(experts)
-    for first, *others in alike.values():
-        problem = _problem(first)
-        if problem is not None:
-            more = f" (and {len(others)} more like them)" if others else ""
-            raise ValueError(
-                f"The experts {first.name!r}{more}, a {type(first.module).__name__}, cannot be fused: {problem}. Leave "
-                "them out with `exclude_modules`."
-            )
+    tried = first_problem(found, _kind, _problem)
+    if tried is not None:
+        first, more, problem = tried
+        raise ValueError(
+            f"The experts {first.name!r}{more}, a {type(first.module).__name__}, cannot be fused: {problem}. Leave "
+            "them out with `exclude_modules`."
+        )
 
 
 def _kind(experts: Experts) -> tuple[object, ...]:

@@ -6,6 +6,8 @@ for each forward pass.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from accelerate.hooks import AlignDevicesHook, SequentialHook
 from peft.utils.integrations import dequantize_module_weight, gather_params_ctx
@@ -88,9 +90,9 @@ def _dequantised(module: nn.Module) -> Tensor:
     return dense
 
 
-def blank_like(module: nn.Module) -> Tensor:
-    """An empty tensor on the device and in the precision that stand-ins for a projection's weight get."""
-    weight = module.weight
+def blank_like(module: nn.Module, name: str = "weight") -> Tensor:
+    """An empty tensor on the device and in the precision that stand-ins for a module's parameter get."""
+    weight = getattr(module, name)
     assert isinstance(weight, Tensor)
     dtype = weight.dtype
     if not weight.is_floating_point() or weight.element_size() < 2:
@@ -104,15 +106,19 @@ def device_of(ffn: FFN) -> torch.device:
     return blank_like(ffn.base_projections[0]).device
 
 
-def check_can_leave(ffn: FFN, base_weights: str) -> None:
+def check_can_leave(modules: Mapping[str, nn.Module], base_weights: str) -> None:
     """Refuses to offload parameters that are no plain tensors.
+
+    Args:
+        modules: an FFN's projections, or its experts, by name.
+        base_weights: the configuration's.
 
     Raises:
         ValueError: naming the projection and its class.
     """
-    for name, module in zip(ffn.projection_names, ffn.base_projections, strict=True):
+    for name, module in modules.items() if base_weights == "offload" else ():
         fetched = fetching_hook(module) is not None
-        if base_weights == "offload" and (fetched or is_quantised(module) or is_partitioned(module)):
+        if fetched or (hasattr(module, "weight") and is_quantised(module)) or is_partitioned(module):
             kind = "partitioned over processes" if is_partitioned(module) else "quantised"
             kind = "offloaded by accelerate already" if fetched else kind
             raise ValueError(

@@ -134,12 +134,13 @@ def linear_modules(projection: nn.Module, fused: bool) -> list[nn.Module]:
     return [module for module in projection.modules() if isinstance(module, (nn.Linear, Conv1D, NarrowProjection))]
 
 
-def pair(model: nn.Module, reference: nn.Module | None) -> tuple[Network, Network]:
+def pair(model: nn.Module, reference: nn.Module | None, each_ffn: bool = True) -> tuple[Network, Network]:
     """The original and the fused network, with the FFNs that differ matched by name.
 
     Args:
         model: a model with a fusion adapter, or one that was made narrow for good.
         reference: the original; None: the same model with its original FFNs.
+        each_ffn: whether FFNs are looked at one by one, and not the networks as wholes alone.
 
     Returns:
         The original, then the fused one.
@@ -155,12 +156,12 @@ def pair(model: nn.Module, reference: nn.Module | None) -> tuple[Network, Networ
         )
     fused = [ffn for ffn in find_ffns(model) if carries_adapter(ffn)]
     if reference is None:
-        if not fused and routed_experts(model):
+        if not fused and routed_experts(model) and each_ffn:
             raise ValueError(
                 f"The fusion adapter of {type(model).__name__} narrows routed experts alone, which cannot be looked at "
                 "one by one yet. Fuse shared experts or dense layers with them, or give the original as `reference`."
             )
-        if not fused:
+        if not fused and not routed_experts(model):
             raise ValueError(
                 f"{type(model).__name__} has no active fusion adapter, so there is no original to compare it with. "
                 "Give the original model as `reference`."
@@ -172,7 +173,7 @@ def pair(model: nn.Module, reference: nn.Module | None) -> tuple[Network, Networ
     originals = {ffn.name: ffn for ffn in find_ffns(reference)}
     fused = fused or _of_other_width(find_ffns(model), originals)
     missing = [ffn.name for ffn in fused if ffn.name not in originals]
-    if missing or not fused:
+    if missing or (each_ffn and not fused):
         raise ValueError(
             f"The reference ({type(reference).__name__}) has no FFN named {missing[0] if missing else 'as the model'}; "
             f"it has {sorted(originals)[:4]}. Give the model that was fused."

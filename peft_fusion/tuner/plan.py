@@ -117,8 +117,7 @@ def plan_ffns(
     dense = [ffn for ffn in chosen if isinstance(ffn, FFN)]
     for ffn in chosen:
         _check_no_adapter(ffn)
-    for ffn in dense:
-        check_can_leave(ffn, config.base_weights)
+        check_can_leave(dict(zip(ffn.projection_names, ffn.base_projections, strict=True)), config.base_weights)
     _check_unshared(model, chosen)
     check_between(dense)
     check_can_fuse_experts(experts, config, low_rank)
