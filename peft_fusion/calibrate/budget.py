@@ -1,40 +1,57 @@
-"""Widths by a budget: between the FFNs of a plan and `fusing.budget`."""
+"""Widths by a budget: between the FFNs of a plan and `fusing.budget`.
+
+statistics -> error curves, and an FFN of the width that all have alike   (`measured`)
+all of these in place -> how much each contributes                        (`attribution.contributions`)
+curves at these sizes -> widths                                           (`budgeted_widths`)
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
 from ..ffn import find_activation, read_ffn
-from ..fusing.budget import ErrorCurve, allocate, measured_widths
-from ..fusing.curves import errors_at
+from ..fusing.budget import ErrorCurve, allocate, in_company, measured_widths
+from ..fusing.curves import Eliminated, eliminated
 from ..fusing.statistics import FFNStatistics
 from ..tuner.plan import PlannedFFN
 
 
-def measured_errors(planned: PlannedFFN, statistics: FFNStatistics, multiple_of: int) -> dict[int, float]:
-    """An FFN's errors at widths around the one it would have if all had the same share; none if it has no others."""
+def measured(planned: PlannedFFN, statistics: FFNStatistics, multiple_of: int, fixed: bool) -> Eliminated:
+    """An FFN's errors at some widths, and a narrow one of the width that it would have if all had the same share.
+
+    Args:
+        planned: with that width.
+        statistics: of it, with the Fisher information.
+        multiple_of: what a width is a multiple of.
+        fixed: whether it keeps the width it is planned with: then no other is measured.
+    """
     weights = read_ffn(planned.ffn)
-    widths = measured_widths(weights.width, planned.width / weights.width, multiple_of)
-    return errors_at(weights, widths, statistics, find_activation(planned.ffn)) if widths else {}
+    others = [] if fixed else measured_widths(weights.width, planned.width / weights.width, multiple_of)
+    return eliminated(weights, {planned.width, *others}, statistics, find_activation(planned.ffn), [planned.width])
 
 
 def budgeted_widths(
-    plan: Sequence[PlannedFFN], errors: Mapping[str, Mapping[int, float]], multiple_of: int
+    plan: Sequence[PlannedFFN],
+    errors: Mapping[str, Mapping[int, float]],
+    contributions: Mapping[str, float],
+    multiple_of: int,
 ) -> dict[str, int]:
     """The widths of those FFNs that become narrower.
 
     Args:
         plan: with the widths that FFNs have if all have the same share: what they hold then is the budget.
-        errors: FFN name -> width -> its error.
+        errors: FFN name -> width -> its error, that with the planned width among them; of FFNs that may get another.
+        contributions: FFN name -> its part in what all do to the predictions with the planned widths.
         multiple_of: what a width is a multiple of.
 
     Returns:
         FFN name -> width below the full one, in the plan's order; none if there is nothing to allocate.
     """
-    free = [p for p in plan if errors.get(p.ffn.name)]
+    free = [p for p in plan if p.ffn.name in errors]
     if not free:
         return {}
     curves = [ErrorCurve(p.ffn.width, p.ffn.neuron_parameters, errors[p.ffn.name]) for p in free]
+    curves = in_company(curves, [p.width for p in free], [contributions[p.ffn.name] for p in free])
     budget = sum(p.ffn.neuron_parameters * p.width for p in free)
     widths = dict(zip((p.ffn.name for p in free), allocate(curves, budget, multiple_of), strict=True))
     found = {p.ffn.name: widths.get(p.ffn.name, p.width) for p in plan}

@@ -11,6 +11,7 @@ from ..ffn import check_finite, find_activation, read_ffn
 from ..fusing.activations import Activation
 from ..fusing.calibrated import cluster_centroids, fuse_calibrated
 from ..fusing.centroids import CentroidMoments
+from ..fusing.curves import Eliminated
 from ..fusing.recipe import Recipe
 from ..fusing.settle import settle
 from ..fusing.statistics import FFNStatistics
@@ -21,11 +22,12 @@ from ..observe.gradients import NoGradients
 from ..observe.networks import Network
 from ..tuner.build import whole
 from ..tuner.plan import PlannedFFN
-from .budget import budgeted_widths, measured_errors
+from .attribution import contributions
+from .budget import budgeted_widths, measured
 from .collect import collect, collect_centroids
 from .inputs import Inputs
 from .scales import fit_scales_of
-from .share import share_errors, share_results
+from .share import share_measured, share_results
 
 Known = tuple[FFNWeights, int, FFNStatistics, Activation, Recipe, int | None]
 """What making a narrow FFN, or its centroids, takes."""
@@ -77,16 +79,19 @@ class Narrowing:
         Raises:
             ValueError: if the model has no gradients.
         """
-        errors: dict[str, dict[int, float]] = {}
+        found: dict[str, Eliminated] = {}
         for group in self.groups:
             own = self._statistics(group, with_metric=True)
 
-            def measure(p: PlannedFFN, own: dict[str, FFNStatistics] = own) -> dict[int, float]:
-                return {} if p.ffn.name in fixed else measured_errors(p, own[p.ffn.name], multiple_of)
+            def measure(p: PlannedFFN, own: dict[str, FFNStatistics] = own) -> Eliminated:
+                return measured(p, own[p.ffn.name], multiple_of, p.ffn.name in fixed)
 
-            errors |= share_errors(group, measure)
+            found |= share_measured(group, measure)
             self._held = own if len(self.groups) == ranks.world() == 1 else {}
-        widths = budgeted_widths(self.plan, errors, multiple_of)
+        errors = {name: one.errors for name, one in found.items() if name not in fixed}
+        narrow = {p.ffn.name: found[p.ffn.name].narrow[p.width] for p in self.plan if p.ffn.name in found}
+        _, parts = contributions(self.network, narrow, self.inputs.for_the_budget) if errors else (0.0, {})
+        widths = budgeted_widths(self.plan, errors, parts, multiple_of)
         if widths:
             self.plan = replan(widths)
             self.network = self.network.of([p.ffn for p in self.plan])

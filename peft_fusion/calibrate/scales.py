@@ -8,13 +8,11 @@ original, and the narrow FFNs' of the model with all of them in place.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 
 from torch import Tensor
 
-from ..ffn import FFN, capture, find_activation, read_ffn
-from ..fusing.activations import run
+from ..ffn import find_activation, read_ffn
 from ..fusing.gradient_kernels import TokenGradients, adam_kernels
 from ..fusing.scales import fit_scales
 from ..fusing.weights import NarrowFFN
@@ -27,6 +25,7 @@ from ..progress import progress
 from ..tuner.plan import PlannedFFN
 from .inputs import Inputs
 from .share import share_results
+from .stand_ins import standing_in
 
 MOST_TOKENS = 1024
 """Tokens that count of all sequences together: their inputs and gradients are kept for a group of FFNs."""
@@ -79,7 +78,7 @@ def _fitted(
     for p in group:
         tokens = _of_all_ranks(originals.pop(p.ffn.name))
         kernels[p.ffn.name] = adam_kernels(read_ffn(p.ffn), find_activation(p.ffn), tokens)
-    with _in_place(network, narrow):  # all FFNs, not only the group
+    with standing_in(network, narrow):  # all FFNs, not only the group
         found = _gradients(of_group, used, seed, all_of_them=True)
     narrow_tokens = {name: _of_all_ranks(own) for name, own in found.items()}
 
@@ -125,19 +124,3 @@ def _of_all_ranks(tokens: TokenGradients) -> TokenGradients:
     counts = ranks.joined_over_ranks(tokens.inputs.new_tensor(tokens.counts).long())
     inputs, gradients = ranks.joined_over_ranks(tokens.inputs), ranks.joined_over_ranks(tokens.gradients)
     return TokenGradients(inputs, gradients, tuple(counts.tolist()))
-
-
-@contextmanager
-def _in_place(network: Network, narrow: Mapping[str, NarrowFFN]) -> Iterator[None]:
-    """Every narrow FFN puts out what it does in the place of the original one."""
-    inputs: dict[str, Tensor] = {}
-    ffns: dict[str, FFN] = {ffn.name: ffn for ffn in network.ffns}
-
-    def note(name: str, x: Tensor) -> None:
-        inputs[name] = x
-
-    def replace(name: str, output: Tensor) -> Tensor:
-        return run(narrow[name], find_activation(ffns[name]), inputs.pop(name)).to(output.dtype)
-
-    with capture(network.ffns, inputs=note, outputs=replace):
-        yield

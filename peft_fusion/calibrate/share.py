@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ..ffn import device_of
+from ..fusing.curves import Eliminated
 from ..fusing.weights import FFNWeights, NarrowFFN
 from ..observe import ranks
 from ..progress import progress
@@ -31,20 +32,24 @@ def share_results(
     return {p.ffn.name: _sent(own.get(p.ffn.name), ranks.owner(i), p) for i, p in enumerate(group)}
 
 
-def share_errors(
-    group: Sequence[PlannedFFN], measure: Callable[[PlannedFFN], dict[int, float]]
-) -> dict[str, dict[int, float]]:
-    """Measures every FFN's errors at some widths on one of the ranks, and tells the others.
+def share_measured(group: Sequence[PlannedFFN], measure: Callable[[PlannedFFN], Eliminated]) -> dict[str, Eliminated]:
+    """Measures every FFN's errors on one of the ranks, and sends them and the narrow FFNs that were kept to the others.
 
     Args:
         group: the FFNs.
-        measure: the errors of an FFN, width -> error; called for this rank's FFNs only.
+        measure: what `eliminated` finds out about an FFN, with one narrow one; called for this rank's FFNs only.
 
     Returns:
-        FFN name -> its errors, the same on every rank.
+        FFN name -> what was found, the same on every rank.
     """
     own = ranks.together(lambda: {p.ffn.name: measure(p) for p in progress(ranks.own(group), "Measuring widths")})
-    return {p.ffn.name: ranks.object_from_rank(ranks.owner(i), own.get(p.ffn.name, {})) for i, p in enumerate(group)}
+    found = {}
+    for i, p in enumerate(group):
+        mine = own.get(p.ffn.name)
+        errors = ranks.object_from_rank(ranks.owner(i), mine.errors if mine else {})
+        narrow = _sent(next(iter(mine.narrow.values())) if mine else None, ranks.owner(i), p)
+        found[p.ffn.name] = Eliminated(errors, {narrow.weights.width: narrow})
+    return found
 
 
 def _sent(narrow: NarrowFFN | None, owner: int, p: PlannedFFN) -> NarrowFFN:
