@@ -12,17 +12,17 @@ Forward = Callable[..., Any]
 
 
 @contextmanager
-def with_forwards(modules: Sequence[nn.Module], make: Callable[[Forward], Forward]) -> Iterator[None]:
+def with_forwards(modules: Sequence[nn.Module], make: Callable[[nn.Module], Forward]) -> Iterator[None]:
     """Has modules run other forwards as long as the block runs; hooks around them, accelerate's too, stay.
 
     Args:
         modules: the modules, none of them twice.
-        make: maps a module's forward to the one that takes its place.
+        make: makes the forward that a module runs; called while that still has its own.
     """
     own = [vars(module).get("forward") for module in modules]
     try:
         for module in modules:
-            vars(module)["forward"] = make(module.forward)
+            vars(module)["forward"] = make(module)
         yield
     finally:
         for module, forward in zip(modules, own, strict=True):

@@ -40,7 +40,9 @@ class Recomputed:
         with with_forwards(self.layers, self._computed_again):
             yield
 
-    def _computed_again(self, forward: Forward) -> Forward:
+    def _computed_again(self, layer: nn.Module) -> Forward:
+        forward = layer.forward
+
         def run(*args: Any, **kwargs: Any) -> Any:
             calls = 0
 

@@ -45,7 +45,7 @@ class SharedLayers:
         finally:
             self._output.clear()
 
-    def _noted(self, forward: Forward) -> Forward:
+    def _noted(self, layer: nn.Module) -> Forward:
         def give(*args: Any, **kwargs: Any) -> Any:
             return self._output[0]
 
