@@ -43,6 +43,7 @@ def fused_projections(plan: Sequence[AnyPlanned], recipe: Recipe) -> list[list[N
 
 
 def narrow_projections(planned: AnyPlanned, recipe: Recipe) -> list[Narrow]:
+    """The narrow projections of one planned FFN, out-projection last, made of its weights; see `fused_projections`."""
     if isinstance(planned, PlannedExperts):
         return [fused_experts(planned, recipe)]
     weights = read_ffn(planned.ffn)  # one at a time: what is quantised or partitioned is whole while it is read
