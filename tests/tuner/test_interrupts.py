@@ -1,4 +1,4 @@
-"""An interrupt while an adapter is made or loaded, at whatever line, leaves the model as it was; a second try succeeds."""
+"""An interrupt while an adapter is made or loaded leaves the model as it was, wherever it comes; then it works."""
 
 from __future__ import annotations
 
