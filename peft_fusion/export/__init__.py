@@ -19,12 +19,12 @@ from ..observe.batches import Batch
 from ..observe.unwrap import unwrapped
 from .check import outputs_to_match, random_batch
 from .folder import check_free
-from .fused import export_fused
+from .fused import export_fused, fused_by_itself
 from .hub import check_upload, upload
 from .merged import active_configs, check_mergeable, merged_copy, merged_widths
 from .written import Exported, checked_form, made_of, write_checked
 
-__all__ = ["Exported", "export", "export_fused"]
+__all__ = ["Exported", "export", "export_fused", "fused_by_itself"]
 
 
 def export(

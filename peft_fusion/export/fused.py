@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy
 import os
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from transformers import PreTrainedModel
 
-from ..ffn import check_finite, find_all, read_ffn
+from ..ffn import AnyFFN, Experts, check_finite, find_all, read_ffn
 from ..fusing.methods import find_method
 from ..fusing.recipe import Recipe
 from ..fusing.settle import settle
@@ -91,18 +91,23 @@ def export_fused(
         return write_checked(target, form, merged, made, tokenizer, max_shard_size, ".", batch, expected)
 
 
+def fused_by_itself(ffns: Iterable[AnyFFN], config: FusionConfig) -> bool:
+    """Whether each of these FFNs can be fused by its own weights alone, so that `export_fused` can do it."""
+    alone = config.allocation == "uniform" and not find_method(config.method).low_rank
+    return alone and not any(isinstance(ffn, Experts) for ffn in ffns)
+
+
 def _planned(host: nn.Module, config: FusionConfig) -> tuple[list[PlannedFFN], Recipe]:
     """What to fuse and how; refuses what cannot be done FFN by FFN."""
     if active_configs(host):
         raise ValueError(f"{type(host).__name__} has adapters. `export` merges them; here a plain model is fused.")
-    if config.allocation != "uniform" or find_method(config.method).low_rank:
-        raise ValueError(
-            f'`allocation="{config.allocation}"` and `method="{config.method}"`: an FFN can be fused by itself if it '
-            "makes neurons fewer, by a width that does not depend on the others. Use `get_peft_model` and `export`."
-        )
     plan = plan_ffns(host, config)
-    if experts := [p.ffn.name for p in plan if not isinstance(p, PlannedFFN)]:
-        raise ValueError(f"The routed experts {experts[0]!r} are not fused FFN by FFN. Use `get_peft_model`, `export`.")
+    if not fused_by_itself((p.ffn for p in plan), config):
+        raise ValueError(
+            f'With `allocation="{config.allocation}"` and `method="{config.method}"`, or routed experts, FFNs are not '
+            "fused one by one: that takes fewer neurons, by widths that do not depend on each other, and linear "
+            "projections. Use `get_peft_model` and `export`."
+        )
     return [p for p in plan if isinstance(p, PlannedFFN)], settle(asked_recipe(config))
 
 

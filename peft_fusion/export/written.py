@@ -130,6 +130,7 @@ def write_checked(
             tokenizer.save_pretrained(folder)
         (folder / "README.md").write_text(card(made, target.name, place), encoding="utf-8")
         if batch is not None and expected is not None:
-            difference = check_reload(folder, form.loaded_by, batch, expected, tolerance(merged))
+            on_disk = any(parameter.is_meta for parameter in merged.parameters())
+            difference = check_reload(folder, form.loaded_by, batch, expected, tolerance(merged), on_disk)
         size = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
     return Exported(str(target), form.loaded_by, form.needs_code, dict(made.widths), made.parameters, size, difference)

@@ -58,8 +58,8 @@ def test_read_from_disk(dtype, tmp_path):
 
 
 REFUSED = [
-    ({"method": "svd"}, "by itself"),
-    ({"allocation": "fisher"}, "by itself"),
+    ({"method": "svd"}, "one by one"),
+    ({"allocation": "fisher"}, "one by one"),
     ({"layers_to_transform": [7]}, "layers_to_transform"),
     ({"kernel": "fisher"}, "calibrat"),
 ]
