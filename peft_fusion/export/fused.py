@@ -166,7 +166,7 @@ def _in_place(host: nn.Module, narrow: Narrow) -> Any:
 def _with_narrow(merged: PreTrainedModel, narrow: Narrow) -> PreTrainedModel:
     """A plain copy with narrow FFNs, whose weights `save_pretrained` fetches shard by shard."""
     for name, (plain, tensors) in narrow.items():
-        plain._hf_hook = AlignDevicesHook(offload=True, weights_map=tensors)  # type: ignore[assignment]
+        plain._hf_hook = AlignDevicesHook(offload=True, weights_map=tensors)
         merged.set_submodule(name, plain)
     merged.hf_device_map = {"": "cpu"}  # what it looks at to know
     return merged
