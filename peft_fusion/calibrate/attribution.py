@@ -21,9 +21,10 @@ from ..fusing.weights import NarrowFFN
 from ..observe import ranks
 from ..observe.batches import Batch, padding_mask, shortened, unlabelled
 from ..observe.divergence import kl_divergences
-from ..observe.gradients import NoGradients
+from ..observe.gradients import gradients_by
 from ..observe.networks import Network
 from ..observe.outputs import predicted
+from ..observe.recomputed import Recomputed
 from ..progress import progress
 from .stand_ins import standing_in
 
@@ -36,7 +37,7 @@ def contributions(
 ) -> tuple[float, dict[str, float]]:
     """How far predictions are from the original's with narrow FFNs in place, and the part of each of them in it.
 
-    Memory: the graph of one sequence, its logits, and the narrow FFNs.
+    Memory: the graph of one layer over one sequence, its logits twice, and the narrow FFNs.
 
     Args:
         network: the original model, running, and its FFNs.
@@ -47,7 +48,7 @@ def contributions(
         The divergence a token, and FFN name -> its derivative by how much of that FFN's error there is; of all ranks.
 
     Raises:
-        NoGradients: if derivatives are not finite.
+        NoGradients: if there are none, or they are not finite.
     """
 
     def add_up() -> Tensor:
@@ -65,13 +66,11 @@ def _of_sequence(network: Network, narrow: Mapping[str, NarrowFFN], batch: Batch
     shares = {name: torch.ones((), device=network.device, requires_grad=True) for name in narrow}
     with torch.no_grad():
         theirs, _ = _counting(network, batch)
-    with torch.enable_grad(), standing_in(network, narrow, shares):
+    with torch.enable_grad(), Recomputed.of(network.model).running(), standing_in(network, narrow, shares):
         ours, spoken = _counting(network, batch)
         divergence = (kl_divergences(ours, theirs) if spoken else 0.5 * (ours - theirs).float().square()).sum()
-        found = torch.autograd.grad(MAGNIFIED * divergence, list(shares.values()), allow_unused=True)
+        found = gradients_by(MAGNIFIED * divergence, list(shares.values()))
     derivatives = torch.stack([torch.zeros_like(divergence) if one is None else one for one in found]) / MAGNIFIED
-    if not bool(derivatives.isfinite().all()):
-        raise NoGradients("derivatives by the FFNs' errors are not finite")
     counted = torch.tensor([len(ours), float(divergence.detach())], dtype=torch.float64)
     return torch.cat([counted, derivatives.double().cpu()])
 

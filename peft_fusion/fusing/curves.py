@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Collection
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from .activations import Activation
@@ -62,7 +61,8 @@ def eliminated(
         held_out = known.held_out_moments(weights)
         size = (held_out.power + float(held_out.mean_out.square().sum())) * _metric_size(statistics)
         found = Eliminated({}, {})
-        for left in eliminations(known.second_moment(torch.float64), known.seen_weight, _rounds(weights.width, widths)):
+        rounds = _rounds(weights.width, widths)
+        for left in eliminations(known.second_moment(), known.seen_weight, rounds):
             if len(left) in widths:
                 fit = _refitted(known, left, held_out)
                 found.errors[len(left)] = size * fit.error
