@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -25,7 +26,7 @@ MAGNIFIED = 16.0
 
 
 def fisher_information(network: Network, sequences: Sequence[Batch], seed: int) -> dict[str, Tensor]:
-    """F = E[d d^T] of every FFN over tokens, up to a factor that all of them share.
+    """F = E[d d^T] of every FFN and every expert over tokens, up to a factor that all of them share.
 
     d is the gradient, by what the FFN puts out at a token, of the log-likelihood of outputs that are drawn from the
     model itself; no labels are needed. Every token counts alike, however long its sequence is. Of several ranks each
@@ -37,15 +38,33 @@ def fisher_information(network: Network, sequences: Sequence[Batch], seed: int) 
         seed: of the draws.
 
     Returns:
-        FFN name -> tensor of shape (out_dim, out_dim) in CPU memory.
+        Name of a dense FFN or of an expert -> tensor of shape (out_dim, out_dim) in CPU memory.
 
     Raises:
         NoGradients: if the model has none, or they are not finite.
     """
+    return {name: fisher.product for name, fisher in fisher_sums(network, sequences, seed).items()}
 
-    def add_up() -> dict[str, Tensor]:
+
+@dataclass
+class FisherSum:
+    """What the Fisher information of an FFN is made of.
+
+    Args:
+        product: the sum of d d^T, shape (out_dim, out_dim).
+        tokens: over how many tokens.
+    """
+
+    product: Tensor
+    tokens: int = 0
+
+
+def fisher_sums(network: Network, sequences: Sequence[Batch], seed: int) -> dict[str, FisherSum]:
+    """`fisher_information`, and of how many tokens it is: an expert may get few. Args and errors are the same."""
+
+    def add_up() -> dict[str, FisherSum]:
         generator = torch.Generator().manual_seed(seed + ranks.rank() * 2**20)
-        sums: dict[str, Tensor] = {}
+        sums: dict[str, FisherSum] = {}
 
         def likelihood(batch: Batch) -> Tensor:
             return drawn_likelihood(network, batch, generator)
@@ -53,11 +72,16 @@ def fisher_information(network: Network, sequences: Sequence[Batch], seed: int) 
         for sequence in progress(sequences, "Taking gradients of predictions"):
             for name, (_, gradients) in gradients_of_sequence(network, sequence, likelihood, MAGNIFIED).items():
                 d = gradients.float()
-                sums[name] = torch.addmm(sums.get(name, d.new_zeros(())), d.T, d)
+                found = sums.setdefault(name, FisherSum(d.new_zeros(d.shape[1], d.shape[1])))
+                found.product.addmm_(d.T, d)
+                found.tokens += len(d)
         return sums
 
     sums = ranks.together(add_up)
-    return {name: ranks.sum_over_ranks(total) for name, total in sums.items()}
+    return {
+        name: FisherSum(ranks.sum_over_ranks(found.product), int(ranks.sum_of(found.tokens)))
+        for name, found in sums.items()
+    }
 
 
 def drawn_likelihood(network: Network, batch: Batch, generator: torch.Generator) -> Tensor:
