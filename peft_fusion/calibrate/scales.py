@@ -11,6 +11,7 @@ import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
+import torch
 from torch import Tensor
 
 from ..ffn import Routed, activation_of, capture_each, networks_of, read_one
@@ -105,16 +106,22 @@ def _gradients(
 
     def take_them() -> dict[str, TokenGradients]:
         found: dict[str, list[Tokens]] = {one.name: [] for ffn in network.ffns for one in networks_of(ffn)}
-        most = 0
+        most = 0  # tokens of any FFN, one that several experts of a layer get counted once
         for count, sequence in enumerate(progress(sequences, "Taking gradients")):
             if most >= enough and count >= 2 and not all_of_them:
                 break
             for name, tokens in gradients_of_sequence(network, sequence, evaluate, MAGNIFIED).items():
                 found[name].append(tokens)
-            most = max(sum(len(x) for x, _ in tokens) for tokens in found.values())
+            last = {name: tokens[-1][0] for name, tokens in found.items()}
+            most += max(_distinct([last[one.name] for one in networks_of(ffn)]) for ffn in network.ffns)
         return {name: _of_sequences(tokens) for name, tokens in found.items()}
 
     return ranks.together(take_them)
+
+
+def _distinct(inputs: Sequence[Tensor]) -> int:
+    """How many different tokens go into an FFN, or into any of a layer's experts."""
+    return len(inputs[0]) if len(inputs) == 1 else len(torch.cat(list(inputs)).unique(dim=0))
 
 
 def _of_sequences(tokens: Sequence[Tokens]) -> TokenGradients:

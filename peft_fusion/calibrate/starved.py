@@ -38,9 +38,7 @@ class Starved:
         """Notes which of some FFNs are experts that saw too few tokens, by the statistics of all ranks."""
         for one in ffns:
             found = statistics[one.name]
-            if isinstance(one, Expert) and (
-                found.tokens < FEWEST_TOKENS or found.held_out_tokens < FEWEST_HELD_OUT
-            ):
+            if isinstance(one, Expert) and (found.tokens < FEWEST_TOKENS or found.held_out_tokens < FEWEST_HELD_OUT):
                 self.by_weights.add(one.name)
 
     def metrics(self, ffns: Iterable[AnyFFN], sums: Mapping[str, FisherSum]) -> dict[str, Tensor]:
