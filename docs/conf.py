@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from importlib.metadata import version
+from importlib import metadata
 
 project = "peft-fusion"
 author = "the peft-fusion contributors"
-release = version("peft-fusion")
+release = metadata.version("peft-fusion")
 
 extensions = [
     "myst_nb",
