@@ -64,9 +64,7 @@ def _draw_points(axis: Any, told: dict[str, Any]) -> None:
     """One point a method, labelled to its right."""
     for number, point in enumerate(told["points"]):
         axis.plot(*point["at"], "o", color=f"C{number}")
-        axis.annotate(
-            point["label"], point["at"], (7, 0), textcoords="offset points", va="center", color=f"C{number}"
-        )
+        axis.annotate(point["label"], point["at"], (7, 0), textcoords="offset points", va="center", color=f"C{number}")
     low, high = axis.get_xlim()
     axis.set_xlim(low, high + 0.8 * (high - low))  # room for the labels
 

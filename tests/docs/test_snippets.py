@@ -18,7 +18,9 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 ROOT = Path(__file__).parents[2]
 DOCS = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "docs").rglob("*.md"))
 PAGES = ["README.md", "examples/README.md", "CONTRIBUTING.md", *DOCS]
-BLOCK = re.compile(r"(?:<!-- not run: (?P<why>[^>]+) -->\n+)?^```(?P<kind>python|bash)\n(?P<text>.*?)^```$", re.M | re.S)
+BLOCK = re.compile(
+    r"(?:<!-- not run: (?P<why>[^>]+) -->\n+)?^```(?P<kind>python|bash)\n(?P<text>.*?)^```$", re.M | re.S
+)
 
 SMALLER = {
     r"HuggingFaceTB/SmolLM2-135M\b|\bMODEL\b": "base",
@@ -78,7 +80,7 @@ def place(stand_ins, tmp_path, monkeypatch):
     for path in stand_ins.iterdir():
         os.symlink(path, tmp_path / path.name)
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("peft_fusion.calibrate.inputs.OWN_SEQUENCES", 16)
+    monkeypatch.setattr(importlib.import_module("peft_fusion.calibrate.inputs"), "OWN_SEQUENCES", 16)
     monkeypatch.setattr(importlib.import_module("peft_fusion.distill"), "OWN_TOKENS", 512)
     return tmp_path
 
