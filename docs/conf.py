@@ -23,7 +23,8 @@ nb_execution_mode = "off"  # the tests execute them, at a small size; what is sh
 
 default_role = "literal"  # docstrings have `names` as Markdown has them
 autodoc_member_order = "bysource"
-autodoc_typehints = "none"  # the signature has them, as they are written
+autodoc_typehints = "description"
+autodoc_typehints_description_target = "documented"
 autodoc_preserve_defaults = True
 napoleon_google_docstring = True
 napoleon_numpy_docstring = False

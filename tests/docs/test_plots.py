@@ -7,10 +7,10 @@ import json
 import re
 from pathlib import Path
 
-import matplotlib
 import pytest
 
 DOCS = Path(__file__).parents[2] / "docs"
+FILES = sorted((DOCS / "results").glob("*.json"))
 
 
 @pytest.fixture
@@ -18,35 +18,25 @@ def plots():
     spec = importlib.util.spec_from_file_location("plots", DOCS / "plots.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    with matplotlib.rc_context():
-        yield module
+    return module
 
 
 def words(picture: Path) -> set[str]:
     return set(re.findall(r">([^<>]+)</text>", picture.read_text(encoding="utf-8")))
 
 
-def test_the_picture_is_that_of_the_data(plots, tmp_path, monkeypatch):
+@pytest.mark.parametrize("file", FILES, ids=lambda file: file.name)
+def test_a_picture_is_that_of_its_data(file, plots):
     """Whoever changes the figures draws anew: `python docs/plots.py`."""
-    monkeypatch.setattr(plots, "RESULTS", tmp_path)
-    (tmp_path / "quality.json").write_text((DOCS / "results" / "quality.json").read_text(encoding="utf-8"))
-    plots.main()
-    shown = re.findall(r'd="(M [^"]+)"', (DOCS / "results" / "quality.svg").read_text(encoding="utf-8"))
-    drawn = re.findall(r'd="(M [^"]+)"', (tmp_path / "quality.svg").read_text(encoding="utf-8"))
-    assert shown == drawn
-    assert words(tmp_path / "quality.svg") == words(DOCS / "results" / "quality.svg")
+    told = json.loads(file.read_text(encoding="utf-8"))
+    stored = file.with_suffix(".svg")
+    assert plots.digest(told) in stored.read_text(encoding="utf-8")
+    drawn = [one["label"] for panel in told["panels"] for kind in plots.KINDS for one in panel.get(kind, ())]
+    assert set(drawn) <= words(stored)
 
 
-def test_every_method_is_labelled_at_its_line(plots, tmp_path):
-    figures = json.loads((DOCS / "results" / "quality.json").read_text(encoding="utf-8"))
-    figures["language_model"]["lines"].append({"label": "a new method", "points": [[0, 1], [50, 3]]})
-    matplotlib.rcParams["svg.fonttype"] = "none"
-    plots.draw_quality(figures, tmp_path / "new.svg")
-    labels = {
-        one["label"]
-        for part in ("lines", "points")
-        for f in figures.values()
-        if isinstance(f, dict)
-        for one in f.get(part, ())
-    }
-    assert labels <= words(tmp_path / "new.svg")
+@pytest.mark.parametrize(("kind", "value"), [("lines", [[0, 1], [50, 3]]), ("points", [20, -5]), ("bars", 7)])
+def test_every_method_is_labelled(kind, value, plots, tmp_path):
+    methods = [{"label": f"method {number}", "values": value} for number in range(3)]
+    plots.draw({"panels": [{"title": "title", "x": "size", "y": "quality", kind: methods}]}, tmp_path / "new.svg")
+    assert {"method 0", "method 1", "method 2", "title", "size", "quality"} <= words(tmp_path / "new.svg")

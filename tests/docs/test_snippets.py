@@ -28,6 +28,7 @@ SMALLER = {
     r"range\(14, 30\)": "range(1, 3)",
     r"\b14-29\b": "1-2",
     r"\b65_?536\b": "512",
+    r"load_causal_lm\(None\)": 'load_causal_lm("base")',
     r"sequences=\d+, length=\d+": "sequences=16, length=16",
 }
 """What a page says -> what runs in its place."""
@@ -79,6 +80,8 @@ def place(stand_ins, tmp_path, monkeypatch):
     """An empty folder to run in, with the stand-ins; what takes long on a real model is made short."""
     for path in stand_ins.iterdir():
         os.symlink(path, tmp_path / path.name)
+    os.symlink(ROOT / "examples", tmp_path / "examples")
+    monkeypatch.setattr(sys, "path", list(sys.path))
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(importlib.import_module("peft_fusion.calibrate.inputs"), "OWN_SEQUENCES", 16)
     monkeypatch.setattr(importlib.import_module("peft_fusion.distill"), "OWN_TOKENS", 512)
