@@ -7,31 +7,44 @@ curves at these sizes -> widths                                           (`budg
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
-from ..ffn import find_activation, read_ffn
+from ..ffn import activation_of, read_one
 from ..fusing.budget import ErrorCurve, allocate, in_company, measured_widths
 from ..fusing.curves import Eliminated, eliminated
 from ..fusing.statistics import FFNStatistics
-from ..tuner.plan import PlannedFFN
+from ..tuner.plan import AnyPlanned
+from .pieces import Piece
 
 
-def measured(planned: PlannedFFN, statistics: FFNStatistics, multiple_of: int, fixed: bool) -> Eliminated:
+def measured(piece: Piece, statistics: FFNStatistics, multiple_of: int, fixed: bool) -> Eliminated:
     """An FFN's errors at some widths, and a narrow one of the width that it would have if all had the same share.
 
     Args:
-        planned: with that width.
+        piece: with that width.
         statistics: of it, with the Fisher information.
         multiple_of: what a width is a multiple of.
         fixed: whether it keeps the width it is planned with: then no other is measured.
     """
-    weights = read_ffn(planned.ffn)
-    others = [] if fixed else measured_widths(weights.width, planned.width / weights.width, multiple_of)
-    return eliminated(weights, {planned.width, *others}, statistics, find_activation(planned.ffn), [planned.width])
+    weights = read_one(piece.ffn)
+    others = [] if fixed else measured_widths(weights.width, piece.width / weights.width, multiple_of)
+    return eliminated(weights, {piece.width, *others}, statistics, activation_of(piece.ffn), [piece.width])
+
+
+def added_up(errors: Iterable[Mapping[int, float]]) -> dict[int, float]:
+    """The errors of FFNs that have one width together, as the experts of a layer: what each adds to what they put out.
+
+    An expert of which nothing is known, for it saw too few tokens, adds nothing.
+    """
+    total: dict[int, float] = {}
+    for found in errors:
+        for width, error in found.items():
+            total[width] = total.get(width, 0.0) + error
+    return total
 
 
 def budgeted_widths(
-    plan: Sequence[PlannedFFN],
+    plan: Sequence[AnyPlanned],
     errors: Mapping[str, Mapping[int, float]],
     contributions: Mapping[str, float],
     multiple_of: int,
@@ -40,14 +53,15 @@ def budgeted_widths(
 
     Args:
         plan: with the widths that FFNs have if all have the same share: what they hold then is the budget.
-        errors: FFN name -> width -> its error, that with the planned width among them; of FFNs that may get another.
+        errors: FFN name -> width -> its error, that of all its experts together if it has any; the planned width is
+            among them.
         contributions: FFN name -> its part in what all do to the predictions with the planned widths.
         multiple_of: what a width is a multiple of.
 
     Returns:
         FFN name -> width below the full one, in the plan's order; none if there is nothing to allocate.
     """
-    free = [p for p in plan if p.ffn.name in errors]
+    free = [p for p in plan if errors.get(p.ffn.name)]
     if not free:
         return {}
     curves = [ErrorCurve(p.ffn.width, p.ffn.neuron_parameters, errors[p.ffn.name]) for p in free]

@@ -12,35 +12,33 @@ from ..fusing.curves import Eliminated
 from ..fusing.weights import FFNWeights, NarrowFFN
 from ..observe import ranks
 from ..progress import progress
-from ..tuner.plan import PlannedFFN
+from .pieces import Piece
 
 
-def share_results(
-    group: Sequence[PlannedFFN], make: Callable[[PlannedFFN], NarrowFFN], description: str
-) -> dict[str, NarrowFFN]:
+def share_results(group: Sequence[Piece], make: Callable[[Piece], NarrowFFN], description: str) -> dict[str, NarrowFFN]:
     """Makes every FFN's narrow one on one of the ranks, and sends it to the others.
 
     Args:
-        group: the FFNs.
+        group: the FFNs, dense ones and experts.
         make: makes a narrow FFN; called for this rank's FFNs only.
         description: of the work, for the progress bar.
 
     Returns:
-        FFN name -> its narrow FFN, the same bits on every rank.
+        Name -> its narrow FFN, the same bits on every rank.
     """
     own = ranks.together(lambda: {p.ffn.name: make(p) for p in progress(ranks.own(group), description)})
     return {p.ffn.name: _sent(own.get(p.ffn.name), ranks.owner(i), p) for i, p in enumerate(group)}
 
 
-def share_measured(group: Sequence[PlannedFFN], measure: Callable[[PlannedFFN], Eliminated]) -> dict[str, Eliminated]:
+def share_measured(group: Sequence[Piece], measure: Callable[[Piece], Eliminated]) -> dict[str, Eliminated]:
     """Measures every FFN's errors on one of the ranks, and sends them and the narrow FFNs that were kept to the others.
 
     Args:
-        group: the FFNs.
+        group: the FFNs, dense ones and experts.
         measure: what `eliminated` finds out about an FFN, with one narrow one; called for this rank's FFNs only.
 
     Returns:
-        FFN name -> what was found, the same on every rank.
+        Name -> what was found, the same on every rank.
     """
     own = ranks.together(lambda: {p.ffn.name: measure(p) for p in progress(ranks.own(group), "Measuring widths")})
     found = {}
@@ -52,7 +50,7 @@ def share_measured(group: Sequence[PlannedFFN], measure: Callable[[PlannedFFN], 
     return found
 
 
-def _sent(narrow: NarrowFFN | None, owner: int, p: PlannedFFN) -> NarrowFFN:
+def _sent(narrow: NarrowFFN | None, owner: int, p: Piece) -> NarrowFFN:
     """A narrow FFN that one rank has made, on all."""
     if ranks.world() == 1:
         assert narrow is not None
