@@ -2,6 +2,7 @@
 
 from .between import check_between
 from .capture import Listener, capture, watch
+from .config_width import ConfigWidth, config_widths
 from .every import AnyFFN, find_all, parameters_of, read_all
 from .experts import Experts, find_experts
 from .experts_layout import ExpertsLayout
@@ -20,9 +21,10 @@ from .layouts import LAYOUTS, FFNLayout, register_layout
 from .linear import by_projection, check_finite, find_activation, projection_tensors, read_ffn, run_ffn
 from .originals import is_away, offload, require_originals, restore
 from .select import Selection, select_ffns, target_widths, with_own_width
-from .stated import MARK, StatedWidths, on_meta, state_widths, stock_class, stock_config
+from .stated import StatedWidths, state_widths
+from .stock import MARK, on_meta, stock_class, stock_config
 from .storage import blank_like, check_can_leave, device_of, fetching_hook, is_quantised, keep_away
-from .width import ConfigWidth, config_widths, width_steps
+from .width import width_steps
 
 __all__ = [
     "FFN",

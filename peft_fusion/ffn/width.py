@@ -1,11 +1,9 @@
-"""Where a model's config states the width of its FFNs, so that a merged model is a stock checkpoint."""
+"""Where a model's config states the width of its FFNs."""
 
 from __future__ import annotations
 
 import math
-import warnings
-from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,81 +11,42 @@ from torch import nn
 
 from .every import AnyFFN
 from .experts import GROUPED, Experts
-from .layouts import EXPERTS_WIDTH_ATTRIBUTES, SHARED_WIDTH_ATTRIBUTES, WIDTH_ATTRIBUTES
-
-
-@dataclass
-class ConfigWidth:
-    """The place in the config that states an FFN's width, and what it has to say once the FFN is narrow.
-
-    Args:
-        configs: every config object that states it (T5's encoder and decoder hold copies of the model's).
-        attribute: the attribute's name; "" if no attribute states the width.
-        width: the new width, or None if the FFNs under this attribute end up with different widths.
-    """
-
-    configs: list[Any]
-    attribute: str
-    width: int | None
-
-    def apply(self) -> None:
-        """Writes the new width, or warns that no stock checkpoint can express it."""
-        if self.attribute and self.width is not None:
-            for config in self.configs:
-                setattr(config, self.attribute, self.width)
-            return
-        reason = (
-            f"the FFNs governed by `config.{self.attribute}` now have different widths"
-            if self.attribute
-            else "its config has no attribute for the width of its FFNs"
-        )
-        remedy = "Keep the adapter."
-        if self.attribute:
-            remedy = "Write it by `peft_fusion.export(model, directory)`, keep the adapter, or fuse to one width."
-        warnings.warn(
-            f"The merged model works, but `save_pretrained` gives a checkpoint that stock transformers cannot "
-            f"load, because {reason}. {remedy}",
-            stacklevel=3,
-        )
+from .layouts import (
+    EXPERTS_WIDTH_ATTRIBUTES,
+    MULTIPLE_ATTRIBUTES,
+    PARTS,
+    SHARED_WIDTH_ATTRIBUTES,
+    WIDTH_ATTRIBUTES,
+)
 
 
 @dataclass(frozen=True)
 class WidthPlace:
-    """Where an FFN's width is stated: the configs, innermost first, the attribute, and of which it is a multiple."""
+    """Where an FFN's width is stated: the configs, innermost first, the attribute, and of which it is a multiple.
+
+    Args:
+        configs: every config object that states it; empty if none does.
+        attribute: the attribute's name; "" if none states it.
+        factor: of which the width is the attribute's multiple.
+        whole: whether the attribute holds whole numbers only.
+    """
 
     configs: list[Any]
     attribute: str
     factor: int = 1
+    whole: bool = True
 
     @property
     def key(self) -> tuple[int, str]:
         """The same for all FFNs that one value governs."""
         return (id(self.configs[-1]) if self.configs else 0, self.attribute)
 
-
-def config_widths(model: nn.Module, ffns: Sequence[AnyFFN], widths: Mapping[str, int]) -> dict[str, ConfigWidth]:
-    """For each FFN to fuse, the place that states its width.
-
-    Args:
-        model: the model.
-        ffns: all of its FFNs, fused or not.
-        widths: FFN name -> narrow width, for those to fuse.
-
-    Returns:
-        FFN name -> `ConfigWidth`, for those to fuse.
-    """
-    places = {ffn.name: width_place(model, ffn) for ffn in ffns}
-    governed = defaultdict(set)
-    for ffn in ffns:
-        place = places[ffn.name]
-        governed[place.key].add(widths.get(ffn.name, ffn.width) / place.factor)
-    result = {}
-    for name in widths:
-        place, values = places[name], governed[places[name].key]
+    def value(self, values: set[float]) -> float | None:
+        """What the attribute has to say, where every FFN wants one of these values; None where nothing serves all."""
         value = next(iter(values)) if len(values) == 1 else None
-        whole = None if value is None or value % 1 else int(value)
-        result[name] = ConfigWidth(place.configs, place.attribute, whole)
-    return result
+        if value is None or not value % 1:
+            return None if value is None else int(value) if self.whole else value
+        return None if self.whole else value
 
 
 def width_steps(model: nn.Module, ffns: Sequence[AnyFFN], multiple_of: int) -> dict[str, int]:
@@ -103,7 +62,8 @@ def width_steps(model: nn.Module, ffns: Sequence[AnyFFN], multiple_of: int) -> d
     places = {ffn.name: width_place(model, ffn) for ffn in ffns}
     grouped = {places[ffn.name].key for ffn in ffns if isinstance(ffn, Experts)}
     steps = {True: math.lcm(multiple_of, GROUPED), False: multiple_of}
-    return {name: steps[place.key in grouped] * place.factor for name, place in places.items()}
+    shared = {name: place.factor for name, place in places.items() if place.attribute in SHARED_WIDTH_ATTRIBUTES}
+    return {name: steps[place.key in grouped] * shared.get(name, 1) for name, place in places.items()}
 
 
 def width_place(model: nn.Module, ffn: AnyFFN) -> WidthPlace:
@@ -113,13 +73,23 @@ def width_place(model: nn.Module, ffn: AnyFFN) -> WidthPlace:
     of_experts = next((name for name in EXPERTS_WIDTH_ATTRIBUTES if any(hasattr(c, name) for c in configs)), "")
     attributes = SHARED_WIDTH_ATTRIBUTES if shared else WIDTH_ATTRIBUTES
     for attribute in EXPERTS_WIDTH_ATTRIBUTES if isinstance(ffn, Experts) else attributes:
-        if attribute.startswith(("encoder_", "decoder_")) and attribute[:8] not in f".{ffn.name}.".replace(".", "_"):
+        if not _is_about(attribute, ffn.name):
             continue
         factor = _factor(configs, attribute, ffn.width) if shared and attribute == of_experts else 1
         stating = [config for config in configs if _states(config, attribute, ffn.width // factor)]
         if stating:
             return WidthPlace(stating, attribute, factor)
+    for attribute in () if isinstance(ffn, Experts) else MULTIPLE_ATTRIBUTES:
+        values = [(config, getattr(config, attribute, None)) for config in configs]
+        stating = [c for c, value in values if isinstance(value, (int, float)) and value * ffn.in_dim == ffn.width]
+        if stating:
+            return WidthPlace(stating, attribute, ffn.in_dim, isinstance(getattr(stating[0], attribute), int))
     return WidthPlace([], "")
+
+
+def _is_about(attribute: str, name: str) -> bool:
+    """Whether an attribute that says of which part of a model it is (`decoder_ffn_dim`) says it of an FFN's."""
+    return all(part in name for part in attribute.split("_") if part in PARTS)
 
 
 def _factor(configs: Sequence[Any], attribute: str, width: int) -> int:
