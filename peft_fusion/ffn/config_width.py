@@ -12,7 +12,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from .every import AnyFFN
-from .stock import CANNOT_BUILD, misbuilt, on_meta, reachable, stock_class, stock_config
+from .stock import CANNOT_BUILD, misbuilt, on_meta, reachable, reads_back, stock_class, stock_config
 from .width import WidthPlace, width_place
 
 KEEP = "Keep the adapter."
@@ -73,19 +73,14 @@ def config_widths(model: nn.Module, ffns: Sequence[AnyFFN], widths: Mapping[str,
         place = places[alike[0].name]
         wanted = {ffn.name: widths.get(ffn.name, ffn.width) for ffn in alike}
         value = place.value({wanted[ffn.name] / places[ffn.name].factor for ffn in alike})
-        problem = _problem(model, ffns, alike, place, value, wanted)
+        problem = _problem(model, alike, place, value, wanted)
         one = ConfigWidth(place.configs, place.attribute, None if problem else value, problem)
         result |= {ffn.name: one for ffn in alike if ffn.name in widths}
     return result
 
 
 def _problem(
-    model: nn.Module,
-    ffns: Sequence[AnyFFN],
-    alike: Sequence[AnyFFN],
-    place: WidthPlace,
-    value: float | None,
-    wanted: Mapping[str, int],
+    model: nn.Module, alike: Sequence[AnyFFN], place: WidthPlace, value: float | None, wanted: Mapping[str, int]
 ) -> str:
     """Why a config cannot state the widths of FFNs that are stated in one place, and what to do; "" if it can."""
     if not place.attribute:
@@ -97,18 +92,20 @@ def _problem(
         )
     if value is None:
         return f"`config.{place.attribute}` states whole multiples of {place.factor} only. {KEEP}"
-    if wanted == {ffn.name: ffn.width for ffn in alike} or not _says_more(model, ffns, alike, place):
+    if wanted == {ffn.name: ffn.width for ffn in alike}:
         return ""
-    found = _tried(model, place, value, wanted)
+    if not all(reads_back(config, place.attribute, value) for config in place.configs):
+        return f"`config.{place.attribute}` is another when it is read again. {KEEP}"
+    found = _tried(model, place, value, wanted) if _says_more(model, alike) else ""
     return f"of `config.{place.attribute}`: {found}. {KEEP}" if found else ""
 
 
-def _says_more(model: nn.Module, ffns: Sequence[AnyFFN], alike: Sequence[AnyFFN], place: WidthPlace) -> bool:
-    """Whether something else in the model has a size that may come from the same attribute."""
+def _says_more(model: nn.Module, alike: Sequence[AnyFFN]) -> bool:
+    """Whether something else in the model has a size that may come from what states the width of FFNs."""
     inside = {id(p) for ffn in alike for module in ffn.base_projections for p in module.parameters()}
-    sizes = {size for ffn in alike for size in (ffn.width, 2 * ffn.width, ffn.width // place.factor)}
+    sizes = {size for ffn in alike for size in (ffn.width, 2 * ffn.width)}
     others = (getattr(p, "ds_shape", p.shape) for p in model.parameters() if id(p) not in inside)
-    return place.factor != 1 or any(sizes & set(shape) for shape in others if len(shape) > 1)
+    return len({ffn.width for ffn in alike}) > 1 or any(sizes & set(shape) for shape in others if len(shape) > 1)
 
 
 def _tried(model: nn.Module, place: WidthPlace, value: float, wanted: Mapping[str, int]) -> str:

@@ -127,10 +127,12 @@ SHARED_WIDTH_ATTRIBUTES = (
     "intermediate_size",
 )
 
+# How many shared experts there are, in one FFN that is so many times as wide as one of them.
+SHARED_COUNTS = ("n_shared_experts", "num_shared_experts", "moe_num_shared_experts")
+
 # The names under which a config states the width as a multiple of the dimension of the FFN's inputs.
 MULTIPLE_ATTRIBUTES = (
     "mlp_ratio",  # DINOv2, Swin
-    "expansion_ratio",  # MPT
     "intermediate_multiple_size",  # GPT-NeoX-Japanese
     "feedforward_mult",  # Granite Speech
     "ff_mult",

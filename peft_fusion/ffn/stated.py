@@ -70,7 +70,7 @@ def state_widths(model: nn.Module, widths: Mapping[str, int]) -> StatedWidths:
             "state. Save its state dict, and the code that builds it, yourself."
         )
     stated = StatedWidths(stock)
-    for path, place, governed in _by_place(built, list(ffns.values())):
+    for paths, place, governed in _by_place(built, list(ffns.values())):
         wanted = {ffn.name: widths.get(ffn.name, ffn.width) for ffn, _ in governed}
         changed = [ffn for ffn, _ in governed if wanted[ffn.name] != ffn.width]
         if changed and not place.attribute:
@@ -81,11 +81,11 @@ def state_widths(model: nn.Module, widths: Mapping[str, int]) -> StatedWidths:
             )
         values = {wanted[ffn.name] / factor for ffn, factor in governed}
         if changed and (value := place.value(values)) is not None:
-            stated.values[path, place.attribute] = value
+            stated.values |= {(path, place.attribute): value for path in paths}
         elif changed and any(factor != 1 for _, factor in governed):
             raise _refusal(built, place.attribute, f"it holds whole multiples of {place.factor}, of the same for all")
         elif changed:
-            _state_by_layer(stated, built, path, place.attribute, wanted)
+            _state_by_layer(stated, built, paths[0], place.attribute, wanted)
             _check_readable(stated, built, place.attribute)
     if stated.values and not stated.lists and (found := misbuilt(built, stated.values, widths)):
         names = ", ".join(sorted({f"`config.{attribute}`" for _, attribute in stated.values}))
@@ -96,15 +96,15 @@ def state_widths(model: nn.Module, widths: Mapping[str, int]) -> StatedWidths:
     return stated
 
 
-def _by_place(model: Any, ffns: list[AnyFFN]) -> list[tuple[str, WidthPlace, list[tuple[AnyFFN, int]]]]:
-    """The FFNs by where their width is stated: the config's path, the place, and each FFN with its factor."""
+def _by_place(model: Any, ffns: list[AnyFFN]) -> list[tuple[list[str], WidthPlace, list[tuple[AnyFFN, int]]]]:
+    """The FFNs by where their width is stated: the config's paths, the place, and each FFN with its factor."""
     parts = reachable(model.config)
-    found: dict[tuple[str, str], tuple[str, WidthPlace, list[tuple[AnyFFN, int]]]] = {}
+    found: dict[tuple[int, str], tuple[list[str], WidthPlace, list[tuple[AnyFFN, int]]]] = {}
     for ffn in ffns:
         place = width_place(model, ffn)
         paths = [path for path, config in parts.items() if any(config is one for one in place.configs)]
-        path, place = (paths[0], place) if paths else ("", WidthPlace([], ""))
-        found.setdefault((path, place.attribute), (path, place, []))[2].append((ffn, place.factor))
+        place = place if paths else WidthPlace([], "")
+        found.setdefault(place.key, (paths, place, []))[2].append((ffn, place.factor))
     return list(found.values())
 
 

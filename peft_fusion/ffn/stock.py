@@ -71,6 +71,17 @@ def write(config: PreTrainedConfig, values: Places) -> None:
         setattr(parts[place], attribute, value)
 
 
+def reads_back(config: Any, attribute: str, value: float) -> bool:
+    """Whether a config that states a value says the same after it was written to a file and read."""
+    if not isinstance(config, PreTrainedConfig):
+        return True
+    try:
+        read = type(config).from_dict({**config.to_dict(), attribute: value})
+    except CANNOT_BUILD:
+        return False
+    return bool(getattr(read, attribute, None) == value)
+
+
 def misbuilt(before: Any, values: Places, widths: Mapping[str, int]) -> str:
     """What stock code makes otherwise than wanted of a config with some values changed; "" if nothing.
 
@@ -81,6 +92,9 @@ def misbuilt(before: Any, values: Places, widths: Mapping[str, int]) -> str:
     """
     config = copy.deepcopy(before.config)
     try:
+        wrong = next((a for (p, a), v in values.items() if not reads_back(reachable(config)[p], a, v)), None)
+        if wrong is not None:
+            return f"`{wrong}` is another when the config is read again"
         write(config, values)
         after = on_meta(type(before), config)
     except CANNOT_BUILD as error:

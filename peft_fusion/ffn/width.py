@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
+from transformers import PreTrainedConfig
 
 from .every import AnyFFN
 from .experts import GROUPED, Experts
@@ -15,9 +16,11 @@ from .layouts import (
     EXPERTS_WIDTH_ATTRIBUTES,
     MULTIPLE_ATTRIBUTES,
     PARTS,
+    SHARED_COUNTS,
     SHARED_WIDTH_ATTRIBUTES,
     WIDTH_ATTRIBUTES,
 )
+from .stock import reachable
 
 
 @dataclass(frozen=True)
@@ -70,21 +73,32 @@ def width_place(model: nn.Module, ffn: AnyFFN) -> WidthPlace:
     """Where the configs from an FFN up to the model's own state its width."""
     configs = _configs_above(model, ffn.name)
     shared = any(part.startswith("shared") for part in ffn.name.split("."))
-    of_experts = next((name for name in EXPERTS_WIDTH_ATTRIBUTES if any(hasattr(c, name) for c in configs)), "")
     attributes = SHARED_WIDTH_ATTRIBUTES if shared else WIDTH_ATTRIBUTES
     for attribute in EXPERTS_WIDTH_ATTRIBUTES if isinstance(ffn, Experts) else attributes:
         if not _is_about(attribute, ffn.name):
             continue
-        factor = _factor(configs, attribute, ffn.width) if shared and attribute == of_experts else 1
+        factor = _factor(configs, attribute, ffn.width) if shared else 1
         stating = [config for config in configs if _states(config, attribute, ffn.width // factor)]
         if stating:
-            return WidthPlace(stating, attribute, factor)
+            return WidthPlace(_own(model, stating), attribute, factor)
     for attribute in () if isinstance(ffn, Experts) else MULTIPLE_ATTRIBUTES:
         values = [(config, getattr(config, attribute, None)) for config in configs]
         stating = [c for c, value in values if isinstance(value, (int, float)) and value * ffn.in_dim == ffn.width]
         if stating:
-            return WidthPlace(stating, attribute, ffn.in_dim, isinstance(getattr(stating[0], attribute), int))
+            whole = isinstance(getattr(stating[0], attribute), int)
+            return WidthPlace(_own(model, stating), attribute, ffn.in_dim, whole)
     return WidthPlace([], "")
+
+
+def _own(model: nn.Module, configs: list[Any]) -> list[Any]:
+    """Configs, innermost first, up to one that the model's config holds: those further up say nothing of its part.
+
+    T5's stacks have copies, which it does not hold, and which are to be kept equal.
+    """
+    known = getattr(model, "config", None)
+    held = list(reachable(known).values()) if isinstance(known, PreTrainedConfig) else []
+    end = next((i for i, config in enumerate(configs, 1) if any(config is one for one in held)), len(configs))
+    return configs[:end]
 
 
 def _is_about(attribute: str, name: str) -> bool:
@@ -93,10 +107,11 @@ def _is_about(attribute: str, name: str) -> bool:
 
 
 def _factor(configs: Sequence[Any], attribute: str, width: int) -> int:
-    """How many times the value of an attribute a width is; 1 if no config has the attribute, or it is no multiple."""
+    """How many times the value of an attribute the width of shared experts is; 1 if it is no multiple."""
     values = (getattr(config, attribute, None) for config in configs)
     value = next((value for value in values if isinstance(value, int) and value > 0), width)
-    return width // value if width % value == 0 else 1
+    counts = [getattr(config, name, None) for config in configs for name in SHARED_COUNTS]
+    return width // value if width % value == 0 and width // value in counts else 1
 
 
 def _configs_above(model: nn.Module, name: str) -> list[Any]:

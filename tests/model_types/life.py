@@ -1,8 +1,9 @@
-"""The whole life of an adapter on a model type: what came of it, in a few words."""
+"""The whole life of an adapter on a model type, and what came of it."""
 
 from __future__ import annotations
 
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from peft import PeftModel, get_peft_model
 from torch import Tensor, nn
 
 from peft_fusion import FusionConfig
-from peft_fusion.ffn import find_all, read_all
+from peft_fusion.ffn import config_widths, find_all, read_all
 
 from .build import outputs, tiny
 
@@ -21,12 +22,89 @@ class Life:
     """What came of a model type.
 
     Args:
-        outcome: "works"; "adapter": merged, no checkpoint can state its widths; "refused".
-        reason: why not more.
+        outcome: one of `known.OUTCOMES`.
+        layouts: the layouts of its FFNs.
+        kept: the FFNs that had to keep their width, so that a checkpoint can state the others'.
+        reason: why not more came of it.
     """
 
     outcome: str
-    reason: str = ""
+    layouts: list[str]
+    kept: list[str]
+    reason: str
+
+
+class Untried(Exception):
+    """No tiny model of a type could be built or run."""
+
+
+def live(model_type: str, folder: Path) -> Life:
+    """Fuses a type's tiny model, trains, saves, loads and merges it, and loads it without this package.
+
+    Raises:
+        Untried: if there is no such model.
+        AssertionError: if something on the way is not as it should be.
+    """
+    try:
+        model = twins(model_type)
+        original = result(model)
+    except Exception as error:
+        raise Untried(" ".join(f"{type(error).__name__}: {error}".split())[:160]) from error
+    layouts = sorted({str(ffn.layout) for ffn in find_all(model)})
+    try:
+        full = get_peft_model(model, FusionConfig(ratio=1.0))
+    except ValueError as error:
+        assert torch.equal(result(model), original)
+        return Life("refused" if layouts else "none", layouts, [], str(error))
+    assert relative(result(full), original) < 1e-6, "full width"
+    fused, warned = half(full.unload())
+    assert relative(result(fused), original) < 1e-5, "half width"
+    trained = train_a_step(fused)
+    fused.save_pretrained(folder / "adapter")
+    loaded = PeftModel.from_pretrained(twins(model_type), folder / "adapter")
+    assert torch.equal(result(loaded), trained), "adapter loaded"
+    if not warned:
+        check_merged(fused, trained, folder)
+        return Life("works", layouts, [], "")
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        assert relative(result(fused.merge_and_unload()), trained) < 1e-5, "merged"
+    assert any("stock transformers cannot" in str(one.message) for one in caught), "warned before and after"
+    return without(twins(model_type), layouts, warned, folder)
+
+
+def without(model: nn.Module, layouts: list[str], warned: str, folder: Path) -> Life:
+    """What comes of a model whose widths no checkpoint can state, if those FFNs are left out, as it was told."""
+    ffns = find_all(model)
+    places = config_widths(model, ffns, {ffn.name: ffn.width // 2 for ffn in ffns})
+    kept = [name for name, place in places.items() if not place.states_it]
+    if len(kept) == len(ffns):
+        return Life("adapter", layouts, [], warned)
+    fused, warned_again = half(model, kept)
+    assert kept and not warned_again
+    check_merged(fused, train_a_step(fused), folder)
+    return Life("works", layouts, kept, warned)
+
+
+def half(model: nn.Module, kept: Sequence[str] = ()) -> tuple[PeftModel, str]:
+    """A model with its FFNs at half width, and what was warned of."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        fused = get_peft_model(model, FusionConfig(ratio=0.5, exclude_modules=list(kept) or None))
+    told = [str(one.message) for one in caught if "could not be exported" in str(one.message)]
+    return fused, next(iter(told), "")
+
+
+def check_merged(fused: PeftModel, trained: Tensor, folder: Path) -> None:
+    """The merged model gives what the adapter gave, and is loaded by transformers, without this package."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*stock transformers cannot.*")
+        merged = fused.merge_and_unload()
+    folded = result(merged)
+    assert relative(folded, trained) < 1e-5, "merged"
+    merged.save_pretrained(folder / "merged")
+    stock = type(merged).from_pretrained(folder / "merged").eval()
+    assert relative(result(stock), folded) < 1e-6, "loaded by transformers"  # weights lie elsewhere in memory
 
 
 def twins(model_type: str) -> nn.Module:
@@ -34,47 +112,9 @@ def twins(model_type: str) -> nn.Module:
     model = tiny(model_type)
     for weights in (weights for ffn in find_all(model) for weights in read_all(ffn)):
         for block in weights.blocks():  # views of the model's own
-            half = len(block) // 2
-            block[half:] = block[:half]
+            middle = len(block) // 2
+            block[middle:] = block[:middle]
     return model
-
-
-def live(model_type: str, folder: Path) -> Life:
-    """Fuses a type's tiny model, trains, saves, loads, merges it and loads it without this package.
-
-    Raises:
-        AssertionError: if something on the way is not as it should be.
-    """
-    model = twins(model_type)
-    original = result(model)
-    try:
-        full = get_peft_model(model, FusionConfig(ratio=1.0))
-    except ValueError as error:
-        assert torch.equal(result(model), original)
-        return Life("refused", str(error))
-    assert relative(result(full), original) < 1e-6, "full width"
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        fused = get_peft_model(full.unload(), FusionConfig(ratio=0.5))
-    before = [str(one.message) for one in caught if "could not be exported" in str(one.message)]
-    assert relative(result(fused), original) < 1e-5, "half width"
-    trained = train_a_step(fused)
-    fused.save_pretrained(folder / "adapter")
-    loaded = PeftModel.from_pretrained(twins(model_type), folder / "adapter")
-    assert torch.equal(result(loaded), trained), "adapter loaded"
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        merged = fused.merge_and_unload()
-    after = [str(one.message) for one in caught if "stock transformers cannot" in str(one.message)]
-    folded = result(merged)
-    assert relative(folded, trained) < 1e-5, "merged"
-    assert bool(before) == bool(after), "warned before the work, or not at all"
-    if after:
-        return Life("adapter", before[0])
-    merged.save_pretrained(folder / "merged")
-    stock = type(merged).from_pretrained(folder / "merged").eval()
-    assert relative(result(stock), folded) < 1e-6, "loaded by transformers"  # products of other blocks of memory
-    return Life("works")
 
 
 def result(model: nn.Module) -> Tensor:
@@ -90,9 +130,9 @@ def relative(a: Tensor, b: Tensor) -> float:
 def train_a_step(model: nn.Module) -> Tensor:
     """One step of Adam on the outputs' squares; returns what is put out afterwards."""
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    outputs(model).square().mean().backward()
-    before = result(model)
-    torch.optim.Adam(parameters, lr=1e-3).step()
+    before = outputs(model)
+    before.pow(2).mean().backward()
+    torch.optim.Adam(parameters, lr=1e-2).step()
     trained = result(model)
     assert not torch.equal(before, trained), "trained"
     return trained
