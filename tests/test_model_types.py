@@ -1,4 +1,4 @@
-"""Every model type of transformers that has FFNs and a tiny model: the whole life of an adapter, or a refusal by name."""
+"""Every model type of transformers that has a tiny model: the whole life of an adapter, or a refusal by name."""
 
 from __future__ import annotations
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from functools import cache
 from typing import Any
 
 import torch
@@ -26,6 +27,7 @@ MAPPINGS = (
 LARGEST = 8_000_000
 
 
+@cache
 def classes() -> dict[str, str]:
     """Every model type that has a model class -> the name of the class that stands for it here."""
     first = [f"{name}_MAPPING_NAMES" for name in MAPPINGS]
@@ -66,14 +68,18 @@ def tiny(model_type: str, seed: int = 0) -> nn.Module:
     Raises:
         ValueError: if it is not small.
     """
-    kind = getattr(tf, classes()[model_type])
-    config = tiny_config(CONFIG_MAPPING[model_type])
-    with torch.device("meta"):
-        size = sum(p.numel() for p in kind(config).parameters())
-    if size > LARGEST:
+    if (size := _size(model_type)) > LARGEST:
         raise ValueError(f"{size:,} parameters")
     torch.manual_seed(seed)
-    return kind(config).eval()
+    return getattr(tf, classes()[model_type])(tiny_config(CONFIG_MAPPING[model_type])).eval()
+
+
+@cache
+def _size(model_type: str) -> int:
+    """How many parameters the model has."""
+    with torch.device("meta"):
+        built = getattr(tf, classes()[model_type])(tiny_config(CONFIG_MAPPING[model_type]))
+    return sum(parameter.numel() for parameter in built.parameters())
 
 
 def batch(model: Any) -> dict[str, Tensor]:

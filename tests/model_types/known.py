@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import sys
 import tempfile
+import time
 from collections import Counter
 from dataclasses import asdict
 from pathlib import Path
@@ -48,17 +49,19 @@ def main() -> None:
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     torch.set_num_threads(1)
-    known = read() if FILE.exists() else {}
     for model_type in sys.argv[1:] or classes():
+        start = time.process_time()
         try:
-            known[model_type] = tried(model_type)
+            life = tried(model_type)
         except Exception as error:
             print(f"{model_type}: FAILED: {type(error).__name__}: {str(error)[:300]}", flush=True)
             continue
-        print(f"{model_type}: {known[model_type].outcome} {known[model_type].reason[:120]}", flush=True)
-        rows = (f"{json.dumps(name)}: {json.dumps(asdict(life))}" for name, life in sorted(known.items()))
+        seconds = time.process_time() - start
+        print(f"{model_type}: {life.outcome} in {seconds:.1f} s {life.reason[:200]}", flush=True)
+        known = {**(read() if FILE.exists() else {}), model_type: life}
+        rows = (f"{json.dumps(name)}: {json.dumps(asdict(one))}" for name, one in sorted(known.items()))
         FILE.write_text("{\n" + ",\n".join(rows) + "\n}\n")
-    print(dict(Counter(life.outcome for life in known.values())))
+    print(dict(Counter(life.outcome for life in read().values())))
 
 
 if __name__ == "__main__":

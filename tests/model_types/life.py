@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 from peft import PeftModel, get_peft_model
+from state import changes, state_of
 from torch import Tensor, nn
 
 from peft_fusion import FusionConfig
@@ -37,6 +38,10 @@ class Life:
 class Untried(Exception):
     """No tiny model of a type could be built or run."""
 
+    @classmethod
+    def of(cls, error: Exception) -> Untried:
+        return cls(" ".join(f"{type(error).__name__}: {error}".split())[:160])
+
 
 def live(model_type: str, folder: Path) -> Life:
     """Fuses a type's tiny model, trains, saves, loads and merges it, and loads it without this package.
@@ -47,17 +52,22 @@ def live(model_type: str, folder: Path) -> Life:
     """
     try:
         model = twins(model_type)
-        original = result(model)
     except Exception as error:
-        raise Untried(" ".join(f"{type(error).__name__}: {error}".split())[:160]) from error
-    layouts = sorted({str(ffn.layout) for ffn in find_all(model)})
+        raise Untried.of(error) from error
+    layouts, before = sorted({str(ffn.layout) for ffn in find_all(model)}), state_of(model)
     try:
         full = get_peft_model(model, FusionConfig(ratio=1.0))
     except ValueError as error:
-        assert torch.equal(result(model), original)
+        assert changes(before, state_of(model)) == []
         return Life("refused" if layouts else "none", layouts, [], str(error))
-    assert relative(result(full), original) < 1e-6, "full width"
-    fused, warned = half(full.unload())
+    try:
+        found = result(full)
+    except Exception as error:
+        raise Untried.of(error) from error
+    model = full.unload()
+    original = result(model)
+    assert relative(found, original) < 1e-6, "full width"
+    fused, warned = half(model)
     assert relative(result(fused), original) < 1e-5, "half width"
     trained = train_a_step(fused)
     fused.save_pretrained(folder / "adapter")

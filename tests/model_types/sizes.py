@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
+from transformers import ResNetConfig
+
 HIDDEN, VOCAB, IMAGE, PATCH = 32, 99, 32, 8
 
 
@@ -46,7 +49,7 @@ SIZES: dict[str, Any] = {
     **_all(VOCAB, "vocab_size vocab_size_per_layer_input entity_vocab_size src_vocab_size tgt_vocab_size"),
     **_all(8, "hidden_size_per_layer_input entity_emb_size"),
     **_all(IMAGE, "image_size"),
-    **{"depths": 1, "hidden_sizes": HIDDEN},
+    **{"depths": 1, "hidden_sizes": HIDDEN, "num_queries": 4},
     **_all(PATCH, "patch_size"),
     **{"bos_token_id": 1, "eos_token_id": 2, "rotary_dim": 4, "decoder_start_token_id": 1},
     **{"num_conv_pos_embeddings": 32, "num_conv_pos_embedding_groups": 2},
@@ -69,23 +72,75 @@ THIRDS, HALF_OF_THEM = (
 )
 RESNET = {"embedding_size": 16, "hidden_sizes": [16, 16, 16, 32], "depths": [1, 1, 1, 1]}
 
+SERIES = {"prediction_length": 4, "context_length": 8, "lags_sequence": [1, 2, 3], "num_time_features": 1}
+
 OVERRIDES: dict[str, dict[str, Any]] = {
     **_all(THIRDS, "qwen2_vl_text qwen2_5_vl_text qwen2_5_omni_text qwen2_5_omni_talker paddleocr_vl_text"),
     **_all(THIRDS, "cosmos3_edge_text hunyuan_vl_text cohere_compass_text"),
     **_all(HALF_OF_THEM, "glm4v_text glm4v_moe_text glm_image_text glm_ocr_text"),
     **_all({"is_decoder": True}, "reformer"),
-    **_all({"prediction_length": 4}, "autoformer informer time_series_transformer"),
-    **_all({"upsample_groups": 32}, "mimi mimi_decoder csm"),
+    **_all({**SERIES}, "autoformer informer time_series_transformer"),
     **_all({"rope_parameters": {**ROPE, "partial_rotary_factor": 0.5}}, "neomme"),
+    **_all({"index_topk": 16}, "glm5_next_text"),
+    **_all({"context_size": 16}, "granite_speech5_encoder"),
+    **_all({"vocabulary_map": {"<image>": 90}}, "chameleon emu3"),
+    **_all({"output_channels": HIDDEN}, "sam_vision_model sam_hq_vision_model"),
+    **_all({"num_frames": 2}, "vivit timesformer videomae"),
+    **_all(
+        {"backbone_config": ResNetConfig(**RESNET, out_features=["stage4"]), "use_timm_backbone": False},
+        "detr conditional_detr dab-detr table-transformer tvp",
+    ),
+    "deformable_detr": {
+        "backbone_config": ResNetConfig(**RESNET, out_features=["stage2", "stage3", "stage4"]),
+        "use_timm_backbone": False,
+    },
     "gpt_neo": {"attention_types": [[["global", "local"], 1]]},
     "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1, "expert_layer_period": 2, "expert_layer_offset": 1},
     "gemma3n_text": {"intermediate_size": 80, "activation_sparsity_pattern": [0.0, 0.0]},
+    "lfm2_moe": {"layer_types": ["conv", "full_attention"], "num_dense_layers": 1},
+    "llama4_vision_model": {"projector_input_dim": 32, "projector_output_dim": 32, "vision_output_dim": 32},
+    "mimo_v2_flash": {"head_dim": 24, "swa_head_dim": 24, "v_head_dim": 16, "swa_v_head_dim": 16},
+    "falcon_h1": {"mamba_d_ssm": 64},
+    "audio-spectrogram-transformer": {"max_length": 64},
+    "lilt": {"hidden_size": 48},
+    "layoutlmv3": {"coordinate_size": 4, "shape_size": 8},
+    "splinter": {"question_token_id": 3},
+    "speech_to_text": {"input_feat_per_channel": 16},
+    "siglip2_vision_model": {"num_patches": 16},
     "resnet": RESNET,
 }
 
+# What is given to a model: name -> shape of random numbers, or None for tokens (or what else its name means).
 BOTH = {"input_ids": None, "pixel_values": None}
+FRAMES = {"input_features": (2, 128, 16)}
+VIDEO = {"pixel_values": (2, 2, 3, IMAGE, IMAGE)}
+PAST = {"past_values": (2, 11), "past_time_features": (2, 11, 1), "past_observed_mask": (2, 11)}
+FUTURE = {"future_values": (2, 4), "future_time_features": (2, 4, 1)}
+PATCHES = {"pixel_values": (2, 16, 3 * PATCH**2), "pixel_attention_mask": torch.ones(2, 16, dtype=torch.long)}
+DECODED = {"decoder_input_ids": None}
+
 INPUTS: dict[str, dict[str, Any]] = {
     **_all(BOTH, "aimv2 altclip blip chinese_clip clip clipseg groupvit siglip metaclip_2 owlvit owlv2 tipsv2 vilt"),
-    **_all(BOTH, "kosmos-2 idefics vision-text-dual-encoder"),
-    **_all({"input_features": (2, 128, 16)}, "lasr_encoder lasr_ctc parakeet_encoder parakeet_ctc"),
+    **_all(BOTH, "vision-text-dual-encoder xclip grounding-dino mm-grounding-dino align flava"),
+    **_all(FRAMES, "lasr_encoder lasr_ctc parakeet_encoder parakeet_ctc parakeet_rnnt parakeet_tdt"),
+    **_all(FRAMES, "nemotron_asr_streaming nemotron_asr_streaming_encoder nemotron3_5_asr"),
+    **_all({**FRAMES, **DECODED}, "canary cohere_asr speech_to_text"),
+    **_all({"input_values": (2, 4000), **DECODED}, "moonshine moonshine_streaming"),
+    **_all(VIDEO, "vivit timesformer videomae"),
+    **_all({**PAST, **FUTURE}, "autoformer informer time_series_transformer"),
+    "wav2vec2-bert": {"input_features": (2, 16, 160)},
+    "audio-spectrogram-transformer": {"input_values": (2, 64, 16)},
+    "bros": {"input_ids": None, "bbox": (2, 7, 4)},
+    "udop": {"input_ids": None, "bbox": torch.linspace(0, 1, 56).view(2, 7, 4), **DECODED},
+    "blip_2_qformer": {"query_embeds": (2, 7, HIDDEN)},
+    "decision_transformer": {
+        **{"states": (2, 7, 17), "actions": (2, 7, 4), "returns_to_go": (2, 7, 1), "timesteps": None},
+        "attention_mask": torch.ones(2, 7),
+    },
+    "siglip2": {"input_ids": None, **PATCHES, "spatial_shapes": torch.full((2, 2), 4)},
+    "siglip2_vision_model": {**PATCHES, "spatial_shapes": torch.full((2, 2), 4)},
+    "splinter": {"input_ids": torch.tensor([[3, 5, 7, 9, 11, 13, 15], [17, 19, 3, 21, 23, 25, 27]])},
+    "pix2struct": {"flattened_patches": (2, 16, 3 * PATCH**2 + 2), **DECODED},
+    "patchtst": {"past_values": (2, 32, 1)},
+    "patchtsmixer": {"past_values": (2, 32, 1)},
 }
