@@ -12,7 +12,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from .every import AnyFFN
-from .stock import CANNOT_BUILD, misbuilt, on_meta, reachable, reads_back, stock_class, stock_config
+from .stock import CANNOT_BUILD, misbuilt, on_meta, reachable, stock_class, stock_config
 from .width import WidthPlace, width_place
 
 KEEP = "Keep the adapter."
@@ -68,53 +68,59 @@ def config_widths(model: nn.Module, ffns: Sequence[AnyFFN], widths: Mapping[str,
     governed: dict[tuple[int, str], list[AnyFFN]] = defaultdict(list)
     for ffn in ffns:
         governed[places[ffn.name].key].append(ffn)
-    result: dict[str, ConfigWidth] = {}
+    found: list[tuple[list[AnyFFN], WidthPlace, ConfigWidth]] = []
     for alike in governed.values():
-        place = places[alike[0].name]
-        wanted = {ffn.name: widths.get(ffn.name, ffn.width) for ffn in alike}
-        value = place.value({wanted[ffn.name] / places[ffn.name].factor for ffn in alike})
-        problem = _problem(model, alike, place, value, wanted)
-        one = ConfigWidth(place.configs, place.attribute, None if problem else value, problem)
-        result |= {ffn.name: one for ffn in alike if ffn.name in widths}
-    return result
+        place, wanted = places[alike[0].name], [widths.get(ffn.name, ffn.width) for ffn in alike]
+        value = place.value({width / places[ffn.name].factor for ffn, width in zip(alike, wanted, strict=True)})
+        problem = "" if value is not None or not place.attribute else _no_value(place, wanted)
+        found.append((alike, place, ConfigWidth(place.configs, place.attribute, value, problem)))
+    _try(model, found, widths)
+    return {ffn.name: one for alike, _, one in found for ffn in alike if ffn.name in widths}
 
 
-def _problem(
-    model: nn.Module, alike: Sequence[AnyFFN], place: WidthPlace, value: float | None, wanted: Mapping[str, int]
-) -> str:
-    """Why a config cannot state the widths of FFNs that are stated in one place, and what to do; "" if it can."""
-    if not place.attribute:
-        return ""
-    if value is None and len(set(wanted.values())) > 1:
+def _no_value(place: WidthPlace, wanted: Sequence[int]) -> str:
+    """Why no value of an attribute gives the widths that are wanted, and what to do."""
+    if len(set(wanted)) > 1:
         return (
             f"the FFNs governed by `config.{place.attribute}` now have different widths. Write it by "
             "`peft_fusion.export(model, directory)`, keep the adapter, or fuse to one width."
         )
-    if value is None:
-        return f"`config.{place.attribute}` states whole multiples of {place.factor} only. {KEEP}"
-    if wanted == {ffn.name: ffn.width for ffn in alike}:
-        return ""
-    if not all(reads_back(config, place.attribute, value) for config in place.configs):
-        return f"`config.{place.attribute}` is another when it is read again. {KEEP}"
-    found = _tried(model, place, value, wanted) if _says_more(model, alike) else ""
-    return f"of `config.{place.attribute}`: {found}. {KEEP}" if found else ""
+    return f"`config.{place.attribute}` states whole multiples of {place.factor} only. {KEEP}"
 
 
-def _says_more(model: nn.Module, alike: Sequence[AnyFFN]) -> bool:
-    """Whether something else in the model has a size that may come from what states the width of FFNs."""
-    inside = {id(p) for ffn in alike for module in ffn.base_projections for p in module.parameters()}
-    sizes = {size for ffn in alike for size in (ffn.width, 2 * ffn.width)}
-    others = (getattr(p, "ds_shape", p.shape) for p in model.parameters() if id(p) not in inside)
-    return len({ffn.width for ffn in alike}) > 1 or any(sizes & set(shape) for shape in others if len(shape) > 1)
-
-
-def _tried(model: nn.Module, place: WidthPlace, value: float, wanted: Mapping[str, int]) -> str:
-    """What stock code makes otherwise than wanted of the value; "" if nothing, or that cannot be tried."""
-    if not isinstance(model, PreTrainedModel):
-        return ""
-    paths = [path for path, c in reachable(model.config).items() if any(c is one for one in place.configs)]
+def _try(
+    model: nn.Module, found: Sequence[tuple[list[AnyFFN], WidthPlace, ConfigWidth]], widths: Mapping[str, int]
+) -> None:
+    """Notes the problems of values of which stock code, on the meta device, builds something else than is wanted."""
+    changed = [
+        (alike, one)
+        for alike, _, one in found
+        if one.states_it and any(widths.get(ffn.name, ffn.width) != ffn.width for ffn in alike)
+    ]
+    if not changed or not isinstance(model, PreTrainedModel):
+        return
     try:
         before = on_meta(stock_class(model), stock_config(model))
     except CANNOT_BUILD:
-        return ""
-    return misbuilt(before, {(path, place.attribute): value for path in paths}, wanted) if paths else ""
+        return
+    if not _misbuilt(model, before, changed, widths):
+        return
+    for alike, one in changed:
+        problem = _misbuilt(model, before, [(alike, one)], widths)
+        if problem or len(changed) == 1:
+            one.width, one.problem = None, f"of `config.{one.attribute}`: {problem}. {KEEP}"
+
+
+def _misbuilt(
+    model: PreTrainedModel, before: Any, changed: Sequence[tuple[list[AnyFFN], ConfigWidth]], widths: Mapping[str, int]
+) -> str:
+    """What stock code makes otherwise than wanted of the config with these changes."""
+    parts = reachable(model.config)
+    values = {
+        (path, one.attribute): one.width
+        for _, one in changed
+        for path, part in parts.items()
+        if any(part is config for config in one.configs)
+    }
+    wanted = {ffn.name: widths.get(ffn.name, ffn.width) for alike, _ in changed for ffn in alike}
+    return misbuilt(before, {place: value for place, value in values.items() if value is not None}, wanted)

@@ -114,7 +114,7 @@ WIDTH_ATTRIBUTES = (
 )
 
 # Parts of a model: an attribute that names one is about FFNs in it, and about no others.
-PARTS = ("encoder", "decoder", "t2u", "speech")
+PARTS = ("encoder", "decoder", "t2u", "speech", "resampler")
 
 # Of routed experts, and of the FFNs beside them that every token goes through.
 EXPERTS_WIDTH_ATTRIBUTES = ("moe_intermediate_size", "expert_ffn_hidden_size", "intermediate_size")

@@ -82,6 +82,8 @@ def width_place(model: nn.Module, ffn: AnyFFN) -> WidthPlace:
         if stating:
             return WidthPlace(_own(model, stating), attribute, factor)
     for attribute in () if isinstance(ffn, Experts) else MULTIPLE_ATTRIBUTES:
+        if not _is_about(attribute, ffn.name):
+            continue
         values = [(config, getattr(config, attribute, None)) for config in configs]
         stating = [c for c, value in values if isinstance(value, (int, float)) and value * ffn.in_dim == ffn.width]
         if stating:

@@ -71,7 +71,11 @@ def tiny(model_type: str, seed: int = 0) -> nn.Module:
     if (size := _size(model_type)) > LARGEST:
         raise ValueError(f"{size:,} parameters")
     torch.manual_seed(seed)
-    return getattr(tf, classes()[model_type])(tiny_config(CONFIG_MAPPING[model_type])).eval()
+    model = getattr(tf, classes()[model_type])(tiny_config(CONFIG_MAPPING[model_type])).eval()
+    with torch.no_grad():  # biases start at zero, which would hide mistakes with them
+        for parameter in model.parameters():
+            parameter.add_(0.02 * torch.randn_like(parameter))
+    return model
 
 
 @cache

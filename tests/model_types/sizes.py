@@ -41,7 +41,7 @@ SIZES: dict[str, Any] = {
     **_all(1, "n_group topk_group n_groups num_expert_group mamba_n_groups first_k_dense_replace num_dense_layers"),
     **_all(2, "n_shared_experts moe_num_shared_experts num_shared_experts"),
     **_all(0, "num_nextn_predict_layers pad_token_id num_kv_shared_layers"),
-    **_all(False, "use_cache"),
+    **{"use_cache": False, "initializer_range": 0.05},
     **_all(64, "max_position_embeddings n_positions max_source_positions max_target_positions max_seq_len"),
     **_all(8, "head_dim d_kv v_head_dim qk_rope_head_dim qk_nope_head_dim global_head_dim index_head_dim"),
     **_all(16, "kv_lora_rank q_lora_rank o_lora_rank num_mel_bins sliding_window qk_head_dim"),
@@ -143,4 +143,11 @@ INPUTS: dict[str, dict[str, Any]] = {
     "pix2struct": {"flattened_patches": (2, 16, 3 * PATCH**2 + 2), **DECODED},
     "patchtst": {"past_values": (2, 32, 1)},
     "patchtsmixer": {"past_values": (2, 32, 1)},
+}
+
+# Types of which no merged model is loaded as it was, for reasons that have nothing to do with widths.
+NOT_RELOADED = {
+    "shieldgemma2": "transformers does not load what it saves of such a model, whether it is fused or not",
+    "t5gemma": "PEFT takes its tied embeddings for untied when it merges, whatever the method: set "
+    "`config.tie_word_embeddings = True` before saving",
 }
