@@ -39,10 +39,6 @@ MUTATES = "add append clear discard extend insert pop popitem register remove se
 
 TOO_COMMON = {"ffn", "intermediate", "output"}  # as words for other things; ALBERT's and ProphetNet's
 NAMES = {path for layout in LAYOUTS for path in (*layout.in_projections, layout.out_projection)} - TOO_COMMON
-    "ffn",
-    "intermediate",
-    "output",
-}  # ALBERT's and ProphetNet's
 PROJECTION = re.compile(rf"(?<!\w)({'|'.join(map(re.escape, sorted(NAMES)))})(?!\w)")
 
 

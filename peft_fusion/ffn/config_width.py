@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from .every import AnyFFN
 from .stock import CANNOT_BUILD, misbuilt, on_meta, reachable, stock_class, stock_config
-from .width import WidthPlace, width_place
+from .width import WidthPlace, stated_value, width_place
 
 KEEP = "Keep the adapter."
 NONE_STATED = "its config has no attribute for the width of its FFNs"
@@ -26,14 +26,16 @@ class ConfigWidth:
     Args:
         configs: every config object that states it (T5's encoder and decoder hold copies of the model's).
         attribute: the attribute's name; "" if no attribute states the width.
-        width: what it says then: the width, or a multiple; None if no value gives what is wanted.
+        width: what it says then: the width, a multiple, or a list; None if no value gives what is wanted.
         problem: why none does.
+        also: further attributes that this takes, and their values.
     """
 
     configs: list[Any]
     attribute: str
-    width: float | None
+    width: Any | None
     problem: str = ""
+    also: tuple[tuple[str, Any], ...] = ()
 
     @property
     def states_it(self) -> bool:
@@ -44,7 +46,8 @@ class ConfigWidth:
         """Writes the new width, or warns that no stock checkpoint can express it."""
         if self.states_it:
             for config in self.configs:
-                setattr(config, self.attribute, self.width)
+                for attribute, value in ((self.attribute, self.width), *self.also):
+                    setattr(config, attribute, value)
             return
         warnings.warn(
             f"The merged model works, but `save_pretrained` gives a checkpoint that stock transformers cannot "
@@ -68,14 +71,14 @@ def config_widths(model: nn.Module, ffns: Sequence[AnyFFN], widths: Mapping[str,
     governed: dict[tuple[int, str], list[AnyFFN]] = defaultdict(list)
     for ffn in ffns:
         governed[places[ffn.name].key].append(ffn)
-    found: list[tuple[list[AnyFFN], WidthPlace, ConfigWidth]] = []
+    found: list[tuple[list[AnyFFN], ConfigWidth]] = []
     for alike in governed.values():
-        place, wanted = places[alike[0].name], [widths.get(ffn.name, ffn.width) for ffn in alike]
-        value = place.value({width / places[ffn.name].factor for ffn, width in zip(alike, wanted, strict=True)})
-        problem = "" if value is not None or not place.attribute else _no_value(place, wanted)
-        found.append((alike, place, ConfigWidth(place.configs, place.attribute, value, problem)))
+        wanted = [(places[ffn.name], widths.get(ffn.name, ffn.width)) for ffn in alike]
+        place, value = wanted[0][0], stated_value(wanted)
+        problem = "" if value is not None or not place.attribute else _no_value(place, [width for _, width in wanted])
+        found.append((alike, ConfigWidth(place.configs, place.attribute, value, problem, place.also)))
     _try(model, found, widths)
-    return {ffn.name: one for alike, _, one in found for ffn in alike if ffn.name in widths}
+    return {ffn.name: one for alike, one in found for ffn in alike if ffn.name in widths}
 
 
 def _no_value(place: WidthPlace, wanted: Sequence[int]) -> str:
@@ -88,13 +91,11 @@ def _no_value(place: WidthPlace, wanted: Sequence[int]) -> str:
     return f"`config.{place.attribute}` states whole multiples of {place.factor} only. {KEEP}"
 
 
-def _try(
-    model: nn.Module, found: Sequence[tuple[list[AnyFFN], WidthPlace, ConfigWidth]], widths: Mapping[str, int]
-) -> None:
+def _try(model: nn.Module, found: Sequence[tuple[list[AnyFFN], ConfigWidth]], widths: Mapping[str, int]) -> None:
     """Notes the problems of values of which stock code, on the meta device, builds something else than is wanted."""
     changed = [
         (alike, one)
-        for alike, _, one in found
+        for alike, one in found
         if one.states_it and any(widths.get(ffn.name, ffn.width) != ffn.width for ffn in alike)
     ]
     if not changed or not isinstance(model, PreTrainedModel):
@@ -117,10 +118,11 @@ def _misbuilt(
     """What stock code makes otherwise than wanted of the config with these changes."""
     parts = reachable(model.config)
     values = {
-        (path, one.attribute): one.width
+        (path, attribute): value
         for _, one in changed
         for path, part in parts.items()
         if any(part is config for config in one.configs)
+        for attribute, value in ((one.attribute, one.width), *one.also)
     }
     wanted = {ffn.name: widths.get(ffn.name, ffn.width) for alike, _ in changed for ffn in alike}
-    return misbuilt(before, {place: value for place, value in values.items() if value is not None}, wanted)
+    return misbuilt(before, values, wanted)

@@ -127,6 +127,9 @@ SHARED_WIDTH_ATTRIBUTES = (
     "intermediate_size",
 )
 
+# Attributes that make a config's width another one than it says -> what they have to be for it to mean what it says.
+TAKEN_AT_ITS_WORD = {"block_auto_adjust_ff_dim": False}  # LFM2
+
 # How many shared experts there are, in one FFN that is so many times as wide as one of them.
 SHARED_COUNTS = ("n_shared_experts", "num_shared_experts", "moe_num_shared_experts")
 

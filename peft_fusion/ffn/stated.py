@@ -13,7 +13,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from .every import AnyFFN, find_all
 from .layers import LayerList, layer_of, why_not_rebuilt
 from .stock import misbuilt, on_meta, reachable, stock_class, stock_config, write
-from .width import WidthPlace, width_place
+from .width import WidthPlace, stated_value, width_place
 
 
 @dataclass
@@ -28,7 +28,7 @@ class StatedWidths:
     """
 
     stock: type[PreTrainedModel]
-    values: dict[tuple[str, str], float] = field(default_factory=dict)
+    values: dict[tuple[str, str], Any] = field(default_factory=dict)
     layers: dict[str, dict[int, dict[str, int]]] = field(default_factory=dict)
     lists: list[LayerList] = field(default_factory=list)
 
@@ -70,8 +70,8 @@ def state_widths(model: nn.Module, widths: Mapping[str, int]) -> StatedWidths:
             "state. Save its state dict, and the code that builds it, yourself."
         )
     stated = StatedWidths(stock)
-    for paths, place, governed in _by_place(built, list(ffns.values())):
-        wanted = {ffn.name: widths.get(ffn.name, ffn.width) for ffn, _ in governed}
+    for paths, governed in _by_place(built, list(ffns.values())):
+        place, wanted = governed[0][1], {ffn.name: widths.get(ffn.name, ffn.width) for ffn, _ in governed}
         changed = [ffn for ffn, _ in governed if wanted[ffn.name] != ffn.width]
         if changed and not place.attribute:
             raise ValueError(
@@ -79,10 +79,11 @@ def state_widths(model: nn.Module, widths: Mapping[str, int]) -> StatedWidths:
                 f"{wanted[changed[0].name]} wide: its config has no attribute for the width. Keep the adapter, or "
                 "leave this FFN out with `exclude_modules`."
             )
-        values = {wanted[ffn.name] / factor for ffn, factor in governed}
-        if changed and (value := place.value(values)) is not None:
-            stated.values |= {(path, place.attribute): value for path in paths}
-        elif changed and any(factor != 1 for _, factor in governed):
+        value = stated_value([(own, wanted[ffn.name]) for ffn, own in governed])
+        if changed and value is not None:
+            told = ((place.attribute, value), *place.also)
+            stated.values |= {(path, attribute): one for path in paths for attribute, one in told}
+        elif changed and any(own.factor != 1 for _, own in governed):
             raise _refusal(built, place.attribute, f"it holds whole multiples of {place.factor}, of the same for all")
         elif changed:
             _state_by_layer(stated, built, paths[0], place.attribute, wanted)
@@ -96,15 +97,15 @@ def state_widths(model: nn.Module, widths: Mapping[str, int]) -> StatedWidths:
     return stated
 
 
-def _by_place(model: Any, ffns: list[AnyFFN]) -> list[tuple[list[str], WidthPlace, list[tuple[AnyFFN, int]]]]:
-    """The FFNs by where their width is stated: the config's paths, the place, and each FFN with its factor."""
+def _by_place(model: Any, ffns: list[AnyFFN]) -> list[tuple[list[str], list[tuple[AnyFFN, WidthPlace]]]]:
+    """The FFNs by where their width is stated: the config's paths, and each FFN with its place."""
     parts = reachable(model.config)
-    found: dict[tuple[int, str], tuple[list[str], WidthPlace, list[tuple[AnyFFN, int]]]] = {}
+    found: dict[tuple[int, str], tuple[list[str], list[tuple[AnyFFN, WidthPlace]]]] = {}
     for ffn in ffns:
         place = width_place(model, ffn)
         paths = [path for path, config in parts.items() if any(config is one for one in place.configs)]
         place = place if paths else WidthPlace([], "")
-        found.setdefault(place.key, (paths, place, []))[2].append((ffn, place.factor))
+        found.setdefault(place.key, (paths, []))[1].append((ffn, place))
     return list(found.values())
 
 

@@ -18,7 +18,7 @@ MARK = "narrow_layers"
 # What model classes raise for configs that they are not made for.
 CANNOT_BUILD = (TypeError, ValueError, AttributeError, NotImplementedError, RuntimeError, AssertionError)
 
-Places = Mapping[tuple[str, str], float]
+Places = Mapping[tuple[str, str], Any]
 """(path of a config within the model's, attribute) -> its value."""
 
 
@@ -71,7 +71,7 @@ def write(config: PreTrainedConfig, values: Places) -> None:
         setattr(parts[place], attribute, value)
 
 
-def reads_back(config: Any, attribute: str, value: float) -> bool:
+def reads_back(config: Any, attribute: str, value: Any) -> bool:
     """Whether a config that states a value says the same after it was written to a file and read."""
     if not isinstance(config, PreTrainedConfig):
         return True

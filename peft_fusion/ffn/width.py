@@ -18,6 +18,7 @@ from .layouts import (
     PARTS,
     SHARED_COUNTS,
     SHARED_WIDTH_ATTRIBUTES,
+    TAKEN_AT_ITS_WORD,
     WIDTH_ATTRIBUTES,
 )
 from .stock import reachable
@@ -32,24 +33,40 @@ class WidthPlace:
         attribute: the attribute's name; "" if none states it.
         factor: of which the width is the attribute's multiple.
         whole: whether the attribute holds whole numbers only.
+        layer: which entry, where the attribute is a list (Gemma 3n).
+        also: further attributes that a change of it takes, and their values.
     """
 
     configs: list[Any]
     attribute: str
-    factor: int = 1
+    factor: float = 1
     whole: bool = True
+    layer: int | None = None
+    also: tuple[tuple[str, Any], ...] = ()
 
     @property
     def key(self) -> tuple[int, str]:
         """The same for all FFNs that one value governs."""
         return (id(self.configs[-1]) if self.configs else 0, self.attribute)
 
-    def value(self, values: set[float]) -> float | None:
-        """What the attribute has to say, where every FFN wants one of these values; None where nothing serves all."""
-        value = next(iter(values)) if len(values) == 1 else None
-        if value is None or not value % 1:
-            return None if value is None else int(value) if self.whole else value
-        return None if self.whole else value
+
+def stated_value(wanted: Sequence[tuple[WidthPlace, int]]) -> Any | None:
+    """What the attribute in one place has to say for the FFNs that it governs; None if nothing serves them all.
+
+    Args:
+        wanted: for each of these FFNs, the place, and the width that it is to have.
+    """
+    first, _ = wanted[0]
+    if first.layer is not None:
+        values = list(getattr(first.configs[0], first.attribute))
+        for place, width in wanted:
+            values[place.layer or 0] = width
+        return values
+    several = {width / place.factor for place, width in wanted}
+    value = several.pop()
+    if several or (first.whole and value % 1):
+        return None
+    return int(value) if first.whole else value
 
 
 def width_steps(model: nn.Module, ffns: Sequence[AnyFFN], multiple_of: int) -> dict[str, int]:
@@ -65,31 +82,52 @@ def width_steps(model: nn.Module, ffns: Sequence[AnyFFN], multiple_of: int) -> d
     places = {ffn.name: width_place(model, ffn) for ffn in ffns}
     grouped = {places[ffn.name].key for ffn in ffns if isinstance(ffn, Experts)}
     steps = {True: math.lcm(multiple_of, GROUPED), False: multiple_of}
-    shared = {name: place.factor for name, place in places.items() if place.attribute in SHARED_WIDTH_ATTRIBUTES}
-    return {name: steps[place.key in grouped] * shared.get(name, 1) for name, place in places.items()}
+    shared = {name: int(place.factor) for name, place in places.items() if place.attribute in SHARED_WIDTH_ATTRIBUTES}
+    return {name: steps[place.key in grouped] * max(1, shared.get(name, 1)) for name, place in places.items()}
 
 
 def width_place(model: nn.Module, ffn: AnyFFN) -> WidthPlace:
-    """Where the configs from an FFN up to the model's own state its width."""
+    """Where the configs from an FFN up to the model's own state its width, as far as names and values tell."""
     configs = _configs_above(model, ffn.name)
     shared = any(part.startswith("shared") for part in ffn.name.split("."))
-    attributes = SHARED_WIDTH_ATTRIBUTES if shared else WIDTH_ATTRIBUTES
-    for attribute in EXPERTS_WIDTH_ATTRIBUTES if isinstance(ffn, Experts) else attributes:
-        if not _is_about(attribute, ffn.name):
-            continue
+    dense = SHARED_WIDTH_ATTRIBUTES if shared else WIDTH_ATTRIBUTES
+    known = EXPERTS_WIDTH_ATTRIBUTES if isinstance(ffn, Experts) else dense
+    attributes = [attribute for attribute in known if _is_about(attribute, ffn.name)]
+    layer = _layer(ffn.name)
+    for attribute in attributes:
         factor = _factor(configs, attribute, ffn.width) if shared else 1
-        stating = [config for config in configs if _states(config, attribute, ffn.width // factor)]
-        if stating:
+        if stating := [config for config in configs if _states(config, attribute, ffn.width // factor)]:
             return WidthPlace(_own(model, stating), attribute, factor)
-    for attribute in () if isinstance(ffn, Experts) else MULTIPLE_ATTRIBUTES:
-        if not _is_about(attribute, ffn.name):
-            continue
+        if stating := [c for c in configs if _entry(getattr(c, attribute, None), layer) == ffn.width]:
+            return WidthPlace(_own(model, stating), attribute, layer=layer)
+    return WidthPlace([], "") if isinstance(ffn, Experts) else _indirect(model, ffn, configs, attributes)
+
+
+def _indirect(model: nn.Module, ffn: AnyFFN, configs: list[Any], attributes: Sequence[str]) -> WidthPlace:
+    """Where a width is stated that is not itself an attribute's value; a guess, if there is no multiple."""
+    for attribute in (name for name in MULTIPLE_ATTRIBUTES if _is_about(name, ffn.name)):
         values = [(config, getattr(config, attribute, None)) for config in configs]
         stating = [c for c, value in values if isinstance(value, (int, float)) and value * ffn.in_dim == ffn.width]
         if stating:
             whole = isinstance(getattr(stating[0], attribute), int)
             return WidthPlace(_own(model, stating), attribute, ffn.in_dim, whole)
+    for attribute in attributes:
+        if stating := [config for config in configs if getattr(config, attribute, 0) == 2 * ffn.width]:
+            return WidthPlace(_own(model, stating), attribute, 0.5)
+        for switch, off in TAKEN_AT_ITS_WORD.items():
+            if stating := [c for c in configs if getattr(c, switch, off) != off and hasattr(c, attribute)]:
+                return WidthPlace(_own(model, stating), attribute, also=((switch, off),))
     return WidthPlace([], "")
+
+
+def _entry(value: Any, layer: int | None) -> int | None:
+    """The entry of a list that belongs to a layer."""
+    return value[layer] if layer is not None and isinstance(value, (list, tuple)) and layer < len(value) else None
+
+
+def _layer(name: str) -> int | None:
+    """The number of the layer that an FFN is in: the first number of its path."""
+    return next((int(part) for part in name.split(".") if part.isdigit()), None)
 
 
 def _own(model: nn.Module, configs: list[Any]) -> list[Any]:
