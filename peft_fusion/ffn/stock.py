@@ -106,6 +106,8 @@ def misbuilt(before: Any, values: Places, widths: Mapping[str, int]) -> str:
         found = narrow.get(ffn.name)
         if found is None or found.width != widths.get(ffn.name, ffn.width):
             return f"it does not give the FFN {ffn.name!r} {widths.get(ffn.name, ffn.width)} neurons"
+        if (found.in_dim, found.out_dim) != (ffn.in_dim, ffn.out_dim):
+            return f"it says the size of what {ffn.name!r} is given or gives, too"
     shapes = {name: parameter.shape for name, parameter in after.named_parameters()}
     for name, parameter in before.named_parameters():
         if name.rpartition(".")[0] not in inside and shapes.get(name) != parameter.shape:

@@ -131,7 +131,8 @@ def outputs(model: nn.Module, **changes: Tensor) -> Tensor:
     """Every floating-point number that a model puts out for its batch, in one row."""
     torch.manual_seed(0)  # for those that draw
     put = model(**{**batch(getattr(model, "get_base_model", lambda: model)()), **changes})
-    return torch.cat([tensor.flatten().float() for tensor in _tensors(put.to_tuple())])
+    row = torch.cat([tensor.flatten().float() for tensor in _tensors(put.to_tuple())])
+    return row.nan_to_num(0.0, 0.0, 0.0)  # some put out infinities where something is masked
 
 
 def _tensors(value: Any) -> list[Tensor]:

@@ -16,7 +16,7 @@ from peft_fusion import FusionConfig
 from peft_fusion.ffn import config_widths, find_all, find_experts, read_all
 
 from .build import outputs, tiny
-from .sizes import NOT_RELOADED
+from .sizes import NOT_COMPARED, NOT_RELOADED
 
 IMPLEMENTATIONS = ("eager", "batched_mm", "grouped_mm")
 
@@ -47,6 +47,16 @@ class Untried(Exception):
 
 
 def live(model_type: str, folder: Path) -> Life:
+    """What comes of a model type, as `_live`; what PEFT cannot do with its class, whatever the method, is not tried."""
+    if model_type in NOT_COMPARED:
+        raise Untried(NOT_COMPARED[model_type])
+    try:
+        return _live(model_type, folder)
+    except NotImplementedError as error:
+        raise Untried.of(error) from error
+
+
+def _live(model_type: str, folder: Path) -> Life:
     """Fuses a type's tiny model, trains, saves, loads and merges it, and loads it without this package.
 
     Raises:
@@ -75,10 +85,7 @@ def live(model_type: str, folder: Path) -> Life:
     fused, warned = half(model)
     assert relative(result(fused), original) < 1e-5, "half width"
     trained = train_a_step(fused)
-    try:
-        fused.save_pretrained(folder / "adapter")
-    except NotImplementedError as error:  # of PEFT, whatever the method
-        raise Untried.of(error) from error
+    fused.save_pretrained(folder / "adapter")
     loaded = PeftModel.from_pretrained(twins(model_type), folder / "adapter")
     check_equal(loaded, fused, trained)
     if not warned:
