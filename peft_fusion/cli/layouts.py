@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
-from ..ffn import find_all, parameters_of, unreadable_projections
+from ..ffn import list_ffns, unreadable_projections
 from .models import model_on_meta
 from .options import Json, Trust, show
 
@@ -21,15 +21,7 @@ def layouts(
     Example: peft-fusion layouts HuggingFaceTB/SmolLM2-135M
     """
     built = model_on_meta(model, trust)
-    rows: list[dict[str, Any]] = [
-        {
-            "name": ffn.name,
-            "layout": str(ffn.layout),
-            "width": ffn.width,
-            "parameters": parameters_of(ffn),
-        }
-        for ffn in find_all(built)
-    ]
+    rows = list_ffns(built)
     if not rows:
         unread = unreadable_projections(built)
         raise ValueError(

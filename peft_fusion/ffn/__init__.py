@@ -3,7 +3,7 @@
 from .between import check_between
 from .capture import Listener, capture, watch
 from .config_width import ConfigWidth, config_widths
-from .every import AnyFFN, find_all, parameters_of, read_all
+from .every import AnyFFN, find_all, list_ffns, parameters_of, read_all
 from .experts import Experts, find_experts
 from .experts_layout import ExpertsLayout
 from .experts_probe import check_experts
@@ -65,6 +65,7 @@ __all__ = [
     "is_away",
     "is_quantised",
     "keep_away",
+    "list_ffns",
     "offload",
     "on_meta",
     "parameters_of",

@@ -13,7 +13,7 @@ from state import changes, state_of
 from torch import Tensor, nn
 
 from peft_fusion import FusionConfig
-from peft_fusion.ffn import config_widths, find_all, find_experts, read_all
+from peft_fusion.ffn import config_widths, find_all, find_experts, list_ffns, read_all
 
 from .build import outputs, tiny
 from .sizes import NOT_COMPARED, NOT_RELOADED
@@ -67,6 +67,7 @@ def _live(model_type: str, folder: Path) -> Life:
         model = twins(model_type)
     except Exception as error:
         raise Untried.of(error) from error
+    check_listed(model)
     layouts, before = sorted({str(ffn.layout) for ffn in find_all(model)}), state_of(model)
     try:
         full = get_peft_model(model, FusionConfig(ratio=1.0))
@@ -131,6 +132,14 @@ def is_reloaded(fused: PeftModel, trained: Tensor, folder: Path) -> bool:
     merged.save_pretrained(folder / "merged")
     stock = type(merged).from_pretrained(folder / "merged").eval()
     return relative(result(stock), folded) < 1e-6  # weights lie elsewhere in memory
+
+
+def check_listed(model: nn.Module) -> None:
+    """What is listed of a model's FFNs is what they hold."""
+    rows = {row["name"]: row for row in list_ffns(model)}
+    for ffn in find_all(model):
+        held = {id(p): p.numel() for module in ffn.base_projections for p in module.parameters(recurse=False)}
+        assert (rows[ffn.name]["width"], rows[ffn.name]["parameters"]) == (ffn.width, sum(held.values())), "listed"
 
 
 def check_equal(loaded: PeftModel, fused: PeftModel, trained: Tensor) -> None:
