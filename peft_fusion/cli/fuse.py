@@ -81,6 +81,8 @@ def fuse(
     }
     config = FusionConfig(**settings)
     check_free(out.absolute(), overwrite)
+    if calibrate is None and sequences is not None:
+        raise ValueError(f"--sequences {sequences} is of --calibrate, which is not given. Add it, or leave this out.")
     file = Path(calibrate) if calibrate not in (None, OWN) else None
     if file is not None and not file.is_file():
         raise ValueError(f'--calibrate {file}: no such file. Give a text file, or "{OWN}".')

@@ -41,7 +41,7 @@ def load_model(name: str, dtype: str = "auto", trust: bool = False, away: Path |
 def model_on_meta(name: str, trust: bool = False) -> Any:
     """A model without weights: only its config is read."""
     _refuse_adapter(name)
-    kind, config = _loading_class(name, trust), AutoConfig.from_pretrained(name, trust_remote_code=trust)
+    kind, config = _loading_class(name, trust), _config(name, trust)
     with torch.device("meta"):
         if kind.__name__.startswith("AutoModel"):
             return kind.from_config(config, trust_remote_code=trust)
@@ -102,11 +102,15 @@ def text_batches(file: Path, name: str, sequences: int, length: int) -> list[dic
         length: tokens in each.
 
     Raises:
-        ValueError: if the text is shorter than one sequence.
+        ValueError: if it is no text, or shorter than one sequence.
     """
     tokenizer = load_tokenizer(name)
     assert tokenizer is not None
-    read = file.read_text(encoding="utf-8")[: 32 * sequences * length]  # of the longest of texts a part will do
+    try:
+        text = file.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{file} is no plain text in UTF-8 ({error.reason} at byte {error.start}).") from error
+    read = text[: 32 * sequences * length]  # of the longest of texts a part will do
     ids = tokenizer(read, return_tensors="pt", verbose=False)["input_ids"][0]
     count = min(sequences, len(ids) // length)
     if not count:
@@ -119,9 +123,25 @@ def _refuse_adapter(name: str) -> None:
         raise ValueError(f"{name} is an adapter, not a model. `peft-fusion export {name} OUT` makes a model of it.")
 
 
+def _config(name: str, trust: bool) -> Any:
+    """A model's config.
+
+    Raises:
+        OSError: if there is none, saying that a name that is no folder here was taken for an id.
+    """
+    try:
+        return AutoConfig.from_pretrained(name, trust_remote_code=trust)
+    except OSError as error:
+        if Path(name).exists():
+            raise
+        raise OSError(
+            f"There is no folder {name} here, and as an id on the Hub it could not be loaded: {error}"
+        ) from error
+
+
 def _loading_class(name: str, trust: bool) -> Any:
     """The class of transformers that loads a model with the head that it was saved with."""
-    config = AutoConfig.from_pretrained(name, trust_remote_code=trust)
+    config = _config(name, trust)
     autos = [auto for auto in getattr(config, "auto_map", None) or {} if auto.startswith("AutoModel")]
     if autos and not trust:
         raise ValueError(f"{name} is loaded by code that comes with it. Read that, then pass --trust-remote-code.")
