@@ -136,7 +136,10 @@ REFUSED = [
     (("fuse", "{base}", "{}/small", "--sequences", "8"), "--calibrate, which is not given"),
     (("fuse", "{}/damaged", "{}/small"), "a safetensors file is damaged"),
     (("report", "{base}"), "--original"),
-    (("export", "{base}", "{}/small"), "adapter_config.json"),
+    (("export", "{base}", "{}/small"), "so it is no adapter"),
+    (("export", "{}/nameless", "{}/small"), "give it by --base"),
+    (("report", "{}/nameless"), "give it by --original"),
+    (("fuse", "{base}", "{}/short.txt/small"), "nothing can be written in"),
 ]
 
 
@@ -144,6 +147,7 @@ REFUSED = [
 def test_refused_in_one_line(run, base, tmp_path, arguments, told):
     (tmp_path / "short.txt").write_text("1 2 3")
     (tmp_path / "latin.txt").write_bytes("é".encode("latin-1"))
+    half(LLAMA).save_pretrained(str(tmp_path / "nameless"))
     shutil.copytree(base, tmp_path / "damaged")
     os.truncate(tmp_path / "damaged" / "model.safetensors", 5000)
     status, out, err = run(*(str(one).replace("{base}", str(base)).replace("{}", str(tmp_path)) for one in arguments))

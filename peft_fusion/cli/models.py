@@ -48,7 +48,9 @@ def model_on_meta(name: str, trust: bool = False) -> Any:
         return kind(config)
 
 
-def load_adapter(adapter: str, base: str | None, dtype: str = "auto", trust: bool = False) -> Any:
+def load_adapter(
+    adapter: str, base: str | None, dtype: str = "auto", trust: bool = False, option: str = "--base"
+) -> Any:
     """A model with an adapter on it.
 
     Args:
@@ -56,13 +58,16 @@ def load_adapter(adapter: str, base: str | None, dtype: str = "auto", trust: boo
         base: the model it belongs to; None: the one that its configuration names.
         dtype: of the model.
         trust: whether to run code that comes with the model.
+        option: by which the command is given a base.
 
     Raises:
         ValueError: if the adapter does not say which model it belongs to, or does not fit it.
     """
+    if Path(adapter).is_dir() and not is_adapter(adapter):
+        raise ValueError(f"{adapter} has no {ADAPTER}, so it is no adapter. `peft-fusion fuse` takes models.")
     base = base or PeftConfig.from_pretrained(adapter).base_model_name_or_path
     if not base:
-        raise ValueError(f"The adapter {adapter} does not name the model that it was made for: give it by --base.")
+        raise ValueError(f"The adapter {adapter} does not name the model that it was made for: give it by {option}.")
     model = PeftModel.from_pretrained(load_model(base, dtype, trust), adapter)
     return model.eval()
 

@@ -34,7 +34,7 @@ def report(
     Example: peft-fusion report small --original HuggingFaceTB/SmolLM2-135M --text book.txt
     """
     if is_adapter(model):
-        fused, reference = load_adapter(model, original, dtype.value, trust), None
+        fused, reference = load_adapter(model, original, dtype.value, trust, "--original"), None
         name = fused.get_base_model().config._name_or_path
     elif original is None:
         raise ValueError(
