@@ -123,6 +123,17 @@ def text_batches(file: Path, name: str, sequences: int, length: int) -> list[dic
     return [{"input_ids": part} for part in ids[: count * length].reshape(count, length).split(BATCH)]
 
 
+def check_length(model: Any, length: int) -> None:
+    """Refuses sequences that are longer than a model was made for.
+
+    Raises:
+        ValueError: naming the most that it reads.
+    """
+    most = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if isinstance(most, int) and length > most:
+        raise ValueError(f"--length {length}: {type(model).__name__} reads at most {most} tokens. Give less.")
+
+
 def _refuse_adapter(name: str) -> None:
     if is_adapter(name):
         raise ValueError(f"{name} is an adapter, not a model. `peft-fusion export {name} OUT` makes a model of it.")
