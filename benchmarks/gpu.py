@@ -80,7 +80,9 @@ def main() -> None:
     for part in (clustering, calibrated_fusion, training, generation):
         report[part.__name__] = found = part(size)
         for row, figures in found.items():
-            print(f"{part.__name__:18} {row:14}" + "".join(f"  {key} {v:.4g}" for key, v in figures.items()), flush=True)
+            print(
+                f"{part.__name__:18} {row:14}" + "".join(f"  {key} {v:.4g}" for key, v in figures.items()), flush=True
+            )
     if options.json:
         options.json.write_text(json.dumps(report, indent=2) + "\n")
 

@@ -32,7 +32,8 @@ def fisher_information(network: Network, sequences: Sequence[Batch], seed: int) 
 
     d is the gradient, by what the FFN puts out at a token, of the log-likelihood of outputs that are drawn from the
     model itself; no labels are needed. Every token counts alike, however long its sequence is. Of several ranks each
-    takes its own sequences, and all get the sum, that of one process with all of them. Memory: the graph of one sequence, and 4 * out_dim ** 2 bytes an FFN.
+    takes its own sequences, and all get the sum, that of one process with all of them. Memory: the graph of one
+    sequence, and 4 * out_dim ** 2 bytes an FFN.
 
     Args:
         network: the original model in eval mode, and its FFNs.

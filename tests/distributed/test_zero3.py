@@ -1,4 +1,4 @@
-"""DeepSpeed ZeRO-3 by two CPU processes: fused and loaded in parts, trained, gathered, saved (where it is installed)."""
+"""DeepSpeed ZeRO-3 by two CPU processes: fused and loaded in parts, trained, gathered, saved."""
 
 from __future__ import annotations
 
@@ -45,4 +45,6 @@ def test_it_trains_as_one_process_does_and_loads_on_one_machine(trained: Path):
         optimizer.zero_grad()
     loaded = PeftModel.from_pretrained(LLAMA.make(), trained / "trained")
     torch.testing.assert_close(logits(loaded, LLAMA), logits(alone, LLAMA), rtol=1e-3, atol=1e-3)
-    assert not torch.allclose(logits(loaded, LLAMA), logits(get_peft_model(LLAMA.make(), half(LLAMA)), LLAMA), atol=1e-2)
+    assert not torch.allclose(
+        logits(loaded, LLAMA), logits(get_peft_model(LLAMA.make(), half(LLAMA)), LLAMA), atol=1e-2
+    )

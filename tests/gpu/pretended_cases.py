@@ -115,7 +115,9 @@ def test_tuning_hidden_states_waits_once(device: Device):
     llama = BY_NAME["llama"]
     fused = get_peft_model(made(llama), half(llama))
     for count in (2, 4):
-        waits = own_waits(device, lambda count=count: tune_layers(fused, batches(llama, count), objective="hidden_states"))
+        waits = own_waits(
+            device, lambda count=count: tune_layers(fused, batches(llama, count), objective="hidden_states")
+        )
         assert sum(number for wait, number in waits.items() if "tune/" in wait) == 1
 
 
