@@ -16,8 +16,14 @@ BATCH = 8
 ADAPTER = "adapter_config.json"
 
 
-def load_model(name: str, dtype: str = "auto", trust: bool = False) -> Any:
+def load_model(name: str, dtype: str = "auto", trust: bool = False, away: Path | None = None) -> Any:
     """A model by the class that its config names, head included, on the first GPU if there is one.
+
+    Args:
+        name: its Hub id or path.
+        dtype: of its weights.
+        trust: whether to run code that comes with it.
+        away: a folder for weights that have to be stored anew, if all are to stay on disk until they are needed.
 
     Raises:
         ValueError: if it has no config that says what it is, or needs code that is not trusted.
@@ -25,6 +31,9 @@ def load_model(name: str, dtype: str = "auto", trust: bool = False) -> Any:
     """
     _refuse_adapter(name)
     kind = _loading_class(name, trust)
+    if away is not None:
+        on_disk = {"device_map": {"": "disk"}, "offload_folder": away}
+        return kind.from_pretrained(name, dtype=dtype, trust_remote_code=trust, **on_disk).eval()
     model = kind.from_pretrained(name, dtype=dtype, trust_remote_code=trust)
     return model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
 

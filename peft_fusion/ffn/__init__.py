@@ -21,7 +21,7 @@ from .linear import by_projection, check_finite, find_activation, projection_ten
 from .originals import is_away, offload, require_originals, restore
 from .select import Selection, select_ffns, target_widths, with_own_width
 from .stated import MARK, StatedWidths, on_meta, state_widths, stock_class, stock_config
-from .storage import blank_like, check_can_leave, device_of, fetching_hook, is_quantised, keep_away
+from .storage import blank_like, check_can_leave, dense_parameter, device_of, fetching_hook, is_quantised, keep_away
 from .width import ConfigWidth, config_widths, width_steps
 
 __all__ = [
@@ -51,6 +51,7 @@ __all__ = [
     "check_finite",
     "check_finite_experts",
     "config_widths",
+    "dense_parameter",
     "device_of",
     "experts_like",
     "experts_tensors",

@@ -94,18 +94,15 @@ class FFNStatistics:
 
     @property
     def covariance(self) -> Tensor:
-        """E[(h - E h) (h - E h)^T] over the training tokens, shape (neurons, neurons); a new tensor."""
-        return self._covariance(torch.float32)
+        """E[(h - E h) (h - E h)^T] over the training tokens, float32 of shape (neurons, neurons); a new tensor."""
+        offset = self._offset.float()
+        return self.product.div(max(self.tokens, 1)).addr_(offset, offset, alpha=-1)
 
     @property
     def second_moment(self) -> Tensor:
-        """E[h h^T] over the training tokens, shape (neurons, neurons); a new tensor."""
-        return self.second_moment_in(torch.float32)
-
-    def second_moment_in(self, dtype: torch.dtype) -> Tensor:
-        """The second moment in a dtype of at least float32; a new tensor, and nothing else of its size is made."""
-        mean = self.mean.to(dtype)
-        return self._covariance(dtype).addr_(mean, mean)
+        """E[h h^T] over the training tokens, of the same shape; a new tensor, and nothing else of its size is made."""
+        mean = self.mean.float()
+        return self.covariance.addr_(mean, mean)
 
     @property
     def power(self) -> Tensor:
@@ -118,10 +115,6 @@ class FFNStatistics:
         offset = self._offset.float()
         rows = self.product.index_select(0, neurons) / max(self.tokens, 1)
         return rows.addr_(offset[neurons], offset, alpha=-1)
-
-    def _covariance(self, dtype: torch.dtype) -> Tensor:
-        offset = self._offset.to(dtype)
-        return self.product.to(dtype, copy=True).div_(max(self.tokens, 1)).addr_(offset, offset, alpha=-1)
 
     @property
     def _offset(self) -> Tensor:

@@ -10,6 +10,7 @@ from torch import Tensor
 from ..ffn import FFN, blank_like, capture
 from .batches import Batch, shortened, unlabelled
 from .networks import Network, is_out_of_memory
+from .recomputed import Recomputed
 
 Tokens = tuple[Tensor, Tensor]
 """What goes into an FFN, (tokens, in_dim), and the gradients by what it puts out, (tokens, out_dim)."""
@@ -23,6 +24,8 @@ def gradients_of_sequence(
     network: Network, sequence: Batch, evaluate: Callable[[Batch], Tensor], magnified: float
 ) -> dict[str, Tokens]:
     """What goes into every FFN, and the gradients by what it puts out.
+
+    Memory: the graph is that of one layer, and what goes into the others (see `Recomputed`).
 
     Args:
         network: the model in eval mode, and its FFNs.
@@ -40,22 +43,26 @@ def gradients_of_sequence(
     inputs: dict[str, Tensor] = {}
     calls: list[tuple[str, Tensor, Tensor]] = []
 
+    layers = Recomputed.of(network.model)
+
     def note_input(name: str, x: Tensor) -> None:
-        inputs[name] = x
+        inputs[name] = x.detach()
 
     def note_output(name: str, output: Tensor) -> Tensor:
         output = output if output.requires_grad else output.detach().requires_grad_()
-        calls.append((name, inputs.pop(name), output))
+        x = inputs.pop(name)
+        if not layers.again:
+            calls.append((name, x, output))
         return output.clone()  # some models add to it in place
 
-    with torch.enable_grad(), capture(network.ffns, inputs=note_input, outputs=note_output):
+    with torch.enable_grad(), layers.running(), capture(network.ffns, inputs=note_input, outputs=note_output):
         value = evaluate(batch) * magnified
         gradients = _gradients(value, [output for _, _, output in calls])
     found = {ffn.name: [_no_tokens(ffn)] for ffn in network.ffns}  # all that an expert may get of a sequence
     for (name, x, output), gradient in zip(calls, gradients, strict=True):
         d = (torch.zeros_like(output) if gradient is None else gradient).flatten(0, -2)
         acts = (d != 0).any(1)
-        found[name].append((x.detach().flatten(0, -2)[acts].cpu(), d[acts].cpu()))
+        found[name].append((x.flatten(0, -2)[acts].cpu(), d[acts].cpu()))
     return {name: joined(tokens) for name, tokens in found.items()}
 
 

@@ -13,6 +13,7 @@ import peft.tuners.mixed
 import peft.tuners.mixed.model
 from peft import PeftConfig, PeftMixedModel, PeftModel, PeftType
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_MIXED_MODEL_MAPPING
+from peft.mapping_func import MODEL_TYPE_TO_PEFT_MODEL_MAPPING
 from peft.tuners.mixed import MixedModel
 from peft.tuners.tuners_utils import BaseTuner, _ExcludedModule, _maybe_include_all_linear_layers
 from peft.utils import register_peft_method
@@ -33,6 +34,7 @@ def register(
     layer: type[nn.Module],
     while_peft_loads: Around,
     while_transformers_loads: Around,
+    while_added: Around,
 ) -> None:
     """Registers MLP Fusion under the prefix of its tuner; does nothing the second time.
 
@@ -43,6 +45,7 @@ def register(
         layer: the class of the layers that a fused model has.
         while_peft_loads: entered around every call that loads an adapter, of whatever type, by PEFT's methods.
         while_transformers_loads: the same, by transformers' method.
+        while_added: entered around every call that makes an adapter, of whatever type, by either's methods.
     """
     _add_peft_type()
     if PeftType[NAME] in PEFT_TYPE_TO_CONFIG_MAPPING:
@@ -50,6 +53,7 @@ def register(
     register_peft_method(name=NAME.lower(), config_cls=config, model_cls=tuner)
     _register_for_mixed_models(tuner, mixed_tuner, layer)
     _enter_around_loading(while_peft_loads, while_transformers_loads)
+    _enter_around_adding(while_added)
     _keep_other_tuners_off_fused_ffns(layer)
 
 
@@ -101,6 +105,14 @@ def _enter_around_loading(while_peft_loads: Around, while_transformers_loads: Ar
         model.from_pretrained = classmethod(_inside(while_peft_loads, from_pretrained))
     PeftModel.load_adapter = _inside(while_peft_loads, PeftModel.load_adapter)  # the mixed model's calls it
     PeftAdapterMixin.load_adapter = _inside(while_transformers_loads, PeftAdapterMixin.load_adapter)
+
+
+def _enter_around_adding(while_added: Around) -> None:
+    """Has what PEFT does to a model once the tuner is done, such as copying its head, end well or not at all."""
+    for model in {PeftModel, PeftMixedModel, *MODEL_TYPE_TO_PEFT_MODEL_MAPPING.values()}:
+        for name in {"__init__", "add_adapter"} & vars(model).keys():
+            setattr(model, name, _inside(while_added, vars(model)[name]))
+    PeftAdapterMixin.add_adapter = _inside(while_added, PeftAdapterMixin.add_adapter)
 
 
 def _inside(context: Around, method: Method) -> Method:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 from torch import nn
+
+from .config import FusionConfig
 
 Contents = list[tuple[Any, Any]]
 """Containers, each with a copy of what was in it."""
@@ -30,6 +32,21 @@ def all_or_nothing(model: nn.Module, *others: object) -> Iterator[None]:
     except BaseException:
         before.restore()
         raise
+
+
+@contextmanager
+def while_added(given: Mapping[str, Any]) -> Iterator[None]:
+    """Around all that PEFT or transformers do to put a new fusion adapter in place, our tuner's part among it.
+
+    Args:
+        given: what the method was called with: name -> argument.
+    """
+    config = given.get("peft_config", given.get("adapter_config"))
+    if not isinstance(config, FusionConfig):
+        yield
+        return
+    with all_or_nothing(given.get("model", given["self"]), config):
+        yield
 
 
 class Snapshot:

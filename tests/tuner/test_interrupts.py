@@ -1,7 +1,8 @@
-"""An interrupt while an adapter is loaded, at whatever line, leaves the model as it was; a second try succeeds."""
+"""An interrupt while an adapter is made or loaded leaves the model as it was, wherever it comes; then it works."""
 
 from __future__ import annotations
 
+import copy
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -19,10 +20,10 @@ from peft import LoraConfig, PeftMixedModel, PeftModel, get_peft_model
 from torch import Tensor, nn
 
 import peft_fusion
-from peft_fusion import calibrate
+from peft_fusion import FusionConfig, calibrate
 from peft_fusion.tuner.layer import FusionLayer
 
-LLAMA = BY_NAME["llama"]
+LLAMA, BERT = BY_NAME["llama"], BY_NAME["bert"]
 POINTS = 6
 SOURCES = (str(Path(peft_fusion.__file__).parent), str(Path(peft.__file__).parent / "tuners"))
 UNDOING = ("transaction.py", "loading.py")  # what takes back cannot be taken back itself
@@ -35,10 +36,12 @@ class Interrupter:
     Args:
         inside: the code of the functions in which lines count.
         at: which line to raise at; None for none.
+        sources: where the files lie whose lines count.
     """
 
     inside: set[Any]
     at: int | None = None
+    sources: tuple[str, ...] = SOURCES
     lines: int = 0
     depth: list[FrameType] = field(default_factory=list)
 
@@ -48,7 +51,10 @@ class Interrupter:
         if event == "return" and self.depth and frame is self.depth[-1]:
             self.depth.pop()
         name = frame.f_code.co_filename
-        if event == "line" and self.depth and name.startswith(SOURCES) and not name.endswith(UNDOING):
+        counts = name.startswith(self.sources) and not name.endswith(UNDOING)
+        if not counts and frame.f_code not in self.inside:
+            return None  # no events of a frame whose lines do not count: they would take most of the time
+        if event == "line" and self.depth and counts:
             self.lines += not is_with(frame)
             if self.lines == self.at and not is_with(frame):
                 sys.settrace(None)
@@ -146,3 +152,37 @@ def test_an_interrupt_while_an_adapter_is_loaded(case, tmp_path, unchanged):
     make, act, method = LOADING[case]
     get_peft_model(fresh(), half(LLAMA, base_weights="offload")).save_pretrained(tmp_path)
     interrupted_everywhere(make, act(tmp_path), {method.__wrapped__.__code__}, unchanged)
+
+
+PEFTS_OWN = tuple(str(Path(peft.__file__).parent / name) for name in ("peft_model.py", "mixed_model.py", "utils/other"))
+ADDING: dict[str, tuple[Callable[[], nn.Module], Callable[[nn.Module, FusionConfig], nn.Module], Any]] = {
+    "get_peft_model": (BERT.make, get_peft_model, peft.PeftModelForSequenceClassification.__init__),
+    "get_peft_model, mixed": (
+        BERT.make,
+        lambda model, config: get_peft_model(model, config, mixed=True),
+        PeftMixedModel.__init__,
+    ),
+    "add_adapter": (
+        lambda: get_peft_model(BERT.make(), half(BERT), "first"),
+        lambda model, config: (model.add_adapter("second", config), model)[1],
+        peft.PeftModelForSequenceClassification.add_adapter,
+    ),
+}
+
+
+@pytest.mark.parametrize("case", ADDING)
+def test_an_interrupt_in_what_peft_does_before_and_after_the_tuner(case, unchanged):
+    make, put, method = ADDING[case]
+    inside = {method.__wrapped__.__code__}
+    config = half(BERT, modules_to_save=["pooler"])
+    with traced(Interrupter(inside, sources=PEFTS_OWN)) as counted:
+        put(make(), copy.deepcopy(config))
+    assert counted.lines > 30
+    model, asked = make(), copy.deepcopy(vars(config))
+    for at in range(1, counted.lines + 1, -(-counted.lines // 10)):
+        check = unchanged(model)
+        with pytest.raises(KeyboardInterrupt), traced(Interrupter(inside, at, PEFTS_OWN)):
+            put(model, config)
+        check()
+        assert vars(config) == asked
+    assert any(isinstance(module, FusionLayer) for module in put(model, config).modules())
