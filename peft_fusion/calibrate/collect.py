@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -34,11 +34,15 @@ def collect(network: Network, inputs: Inputs) -> dict[str, FFNStatistics]:
     """
     statistics = {ffn.name: _empty(ffn) for ffn in network.ffns}
 
-    def add(name: str, hidden: Tensor, training: Tensor, held_out: Tensor) -> None:
-        statistics[name].add(hidden[training])
+    def add(name: str, hidden: Tensor, training: Tensor, held_out: Tensor) -> Tensor:
+        taken = hidden.index_select(0, training)
+        statistics[name].add(taken)
+        return taken
 
-    def hold_out(name: str, x: Tensor, training: Tensor, held_out: Tensor) -> None:
-        statistics[name].hold_out(x[held_out])
+    def hold_out(name: str, x: Tensor, training: Tensor, held_out: Tensor) -> Tensor:
+        taken = x.index_select(0, held_out)
+        statistics[name].hold_out(taken)
+        return taken
 
     ranks.together(lambda: run_over(network, inputs, "Calibrating", inputs_listener=hold_out, hidden_listener=add))
     for name, found in statistics.items():
@@ -68,8 +72,10 @@ def collect_centroids(
         ffn.name: CentroidMoments(read_ffn(ffn), centroids[ffn.name], find_activation(ffn)) for ffn in network.ffns
     }
 
-    def add(name: str, x: Tensor, training: Tensor, held_out: Tensor) -> None:
-        moments[name].add_inputs(x[training])
+    def add(name: str, x: Tensor, training: Tensor, held_out: Tensor) -> Tensor:
+        taken = x.index_select(0, training)
+        moments[name].add_inputs(taken)
+        return taken
 
     ranks.together(lambda: run_over(network, inputs, "Refitting centroids", inputs_listener=add))
     for found in moments.values():
@@ -77,8 +83,11 @@ def collect_centroids(
     return moments
 
 
-TokenListener = Callable[[str, Tensor, Tensor, Tensor], None]
-"""Gets the FFN's name, (tokens, dim), and which of the tokens are for training and which are held out."""
+TokenListener = Callable[[str, Tensor, Tensor, Tensor], Tensor]
+"""Gets the FFN's name, (tokens, dim), and the numbers of the tokens for training and of those held out.
+
+It returns the tokens that it took.
+"""
 
 
 def run_over(
@@ -89,24 +98,29 @@ def run_over(
     inputs_listener: TokenListener | None = None,
     hidden_listener: TokenListener | None = None,
 ) -> None:
-    """One forward pass over the inputs that tells of the tokens that go into FFNs and into their out-projections."""
+    """One forward pass over the inputs that tells of the tokens that go into FFNs and into their out-projections.
+
+    The host never waits for the device in it: tokens are chosen by numbers that the host knows, and whether all of
+    them were finite is asked once, at the end.
+
+    Raises:
+        UnusableActivations: if a listener took a token that is not finite.
+    """
     places: dict[str, Positions] = {}
+    looks: dict[str, list[Look]] = {}
     seen = 0
 
     def told(listener: TokenListener) -> Callable[[str, Tensor], None]:
         kind = "inputs" if listener is inputs_listener else "hidden"
+        words = "inputs" if kind == "inputs" else "hidden activations"
 
         def listen(name: str, activations: Tensor) -> None:
             tokens = activations.detach().reshape(-1, activations.shape[-1])
             valid, sequence = places[kind].of(name, activations)
             held_out = (seen + sequence) % HELD_OUT == HELD_OUT - 1
-            try:
-                listener(name, tokens, valid & ~held_out, valid & held_out)
-            except ValueError as error:
-                raise UnusableActivations(
-                    f"At the FFN {name!r} {error} (sequences {seen} to {seen + size - 1}). Check the model in this "
-                    "dtype, and the batch."
-                ) from error
+            chosen = (numbers.nonzero().squeeze(1) for numbers in (valid & ~held_out, valid & held_out))
+            taken = listener(name, tokens, *(numbers.to(tokens.device, non_blocking=True) for numbers in chosen))
+            looks.setdefault(name, []).append((words, seen, seen + size - 1, torch.isfinite(taken).all()))
 
         return listen
 
@@ -118,6 +132,23 @@ def run_over(
             places.update({kind: _positions(network, batch) for kind in told_of})
             network(unlabelled(batch, network.is_encoder_decoder), logits=False)
             seen += size
+    for name, found in looks.items():
+        _require_finite(name, found)
+
+
+Look = tuple[str, int, int, Tensor]
+"""At what goes through an FFN: what it is, its first and last sequence, and whether it is finite, on the device."""
+
+
+def _require_finite(name: str, looks: Sequence[Look]) -> None:
+    """Refuses an FFN's activations if any were not finite, and tells which."""
+    finite = torch.stack([found for *_, found in looks]).tolist()
+    for (words, first, last, _), good in zip(looks, finite, strict=True):
+        if not good:
+            raise UnusableActivations(
+                f"At the FFN {name!r} the {words} hold NaN or infinite values (sequences {first} to {last}). Check the "
+                "model in this dtype, and the batch."
+            )
 
 
 def _positions(network: Network, batch: Batch) -> Positions:

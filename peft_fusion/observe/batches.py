@@ -116,7 +116,8 @@ class Positions:
     """
 
     def __init__(self, batch: Batch, is_encoder_decoder: bool) -> None:
-        self._masks = {d: token_mask(batch, d) for d in ((False, True) if is_encoder_decoder else (False,))}
+        sides = (False, True) if is_encoder_decoder else (False,)
+        self._masks = {decoder: None if (m := token_mask(batch, decoder)) is None else m.cpu() for decoder in sides}
         self._is_encoder_decoder, self._size = is_encoder_decoder, batch_size(batch)
         self._next: dict[str, int] = {}
 
@@ -129,17 +130,17 @@ class Positions:
 
         Returns:
             For each token, in the order of `activations.reshape(-1, dim)`: whether it is one and not padding, and the
-            number of its sequence in the batch.
+            number of its sequence in the batch. In CPU memory: how many there are is known without waiting.
         """
-        count, device = activations[..., 0].numel(), activations.device
-        sequence = torch.arange(count, device=device) * self._size // max(count, 1)
+        count = activations.shape[:-1].numel()
+        sequence = torch.arange(count) * self._size // max(count, 1)
         mask = self._masks[self._is_encoder_decoder and in_decoder(name)]
-        valid = None if mask is None else self._columns(name, mask.to(device), activations)
+        valid = None if mask is None else self._columns(name, mask, activations)
         return torch.ones_like(sequence, dtype=torch.bool) if valid is None else valid.reshape(-1), sequence
 
     def _columns(self, name: str, mask: Tensor, activations: Tensor) -> Tensor | None:
         """The part of a mask that belongs to this call; None if the shapes do not tell."""
-        if activations[..., 0].numel() == mask.numel():
+        if activations.shape[:-1].numel() == mask.numel():
             return mask
         if activations.dim() != 3 or len(activations) != len(mask) or mask.shape[1] % activations.shape[1]:
             return None

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import zlib
+from collections import Counter
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -10,7 +13,7 @@ from torch import Tensor
 
 from ..progress import progress
 from . import ranks
-from .batches import Batch, padding_mask
+from .batches import Batch, padding_mask, token_mask
 from .gradients import gradients_of_sequence
 from .networks import Network
 from .outputs import main_output, run_whole, speaks
@@ -33,8 +36,8 @@ def fisher_information(network: Network, sequences: Sequence[Batch], seed: int) 
 
     d is the gradient, by what the FFN puts out at a token, of the log-likelihood of outputs that are drawn from the
     model itself; no labels are needed. Every token counts alike, however long its sequence is. Of several ranks each
-    takes its own sequences, and all get the sum. Memory: the graph of one layer over one sequence, its logits
-    twice, and 4 * out_dim ** 2 bytes an FFN.
+    takes its own sequences, and all get the sum, that of one process with all of them. Memory: the graph of one layer
+    over one sequence, its logits twice, and 4 * out_dim ** 2 bytes an FFN.
 
     Args:
         network: the original model in eval mode, and its FFNs.
@@ -49,13 +52,12 @@ def fisher_information(network: Network, sequences: Sequence[Batch], seed: int) 
     """
 
     def add_up() -> dict[str, Tensor]:
-        generator = torch.Generator().manual_seed(seed + ranks.rank() * 2**20)
         sums: dict[str, Tensor] = {}
-
-        def likelihood(batch: Batch) -> Tensor:
-            return drawn_likelihood(network, batch, generator)
-
+        met: Counter[int] = Counter()
         for sequence in progress(sequences, "Taking gradients of predictions"):
+            draws = draws_of(sequence, seed, met[key := _key(sequence, seed)])
+            met[key] += 1
+            likelihood = partial(drawn_likelihood, network, generator=draws)
             for name, (_, gradients) in gradients_of_sequence(network, sequence, likelihood, MAGNIFIED).items():
                 d = gradients.float()
                 sums[name] = torch.addmm(sums.get(name, d.new_zeros(())), d.T, d)
@@ -63,6 +65,27 @@ def fisher_information(network: Network, sequences: Sequence[Batch], seed: int) 
 
     sums = ranks.together(add_up)
     return {name: ranks.sum_over_ranks(total) for name, total in sums.items()}
+
+
+def draws_of(sequence: Batch, seed: int, repeats: int = 0) -> torch.Generator:
+    """What is drawn for a sequence depends on what it holds, and not on its rank, its padding or the others.
+
+    Args:
+        sequence: a batch of one sequence.
+        seed: of all draws.
+        repeats: how often it came before.
+    """
+    return torch.Generator().manual_seed(_key(sequence, seed) + repeats)
+
+
+def _key(sequence: Batch, seed: int) -> int:
+    """A number for what a sequence holds without its padding."""
+    key, mask = zlib.crc32(str(seed).encode()), token_mask(sequence, decoder=False)
+    for name, value in sorted(sequence.items()):
+        if isinstance(value, Tensor) and not name.endswith("attention_mask"):
+            tokens = value[mask] if mask is not None and value.shape == mask.shape else value
+            key = zlib.crc32(tokens.detach().cpu().contiguous().flatten().view(torch.uint8).numpy(), key)
+    return key
 
 
 def drawn_likelihood(network: Network, batch: Batch, generator: torch.Generator) -> Tensor:

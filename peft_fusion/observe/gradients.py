@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -80,9 +80,17 @@ def _gradients(value: Tensor, outputs: list[Tensor]) -> Sequence[Tensor | None]:
         if is_out_of_memory(error):
             raise
         raise NoGradients(f"{type(error).__name__}: {error}") from error
-    if not all(bool(gradient.isfinite().all()) for gradient in gradients if gradient is not None):
+    if not _finite(gradient for gradient in gradients if gradient is not None):
         raise NoGradients("gradients are not finite")
     return gradients
+
+
+def _finite(tensors: Iterable[Tensor]) -> bool:
+    """Whether all numbers are; each device is waited for once."""
+    found: dict[torch.device, list[Tensor]] = {}
+    for tensor in tensors:
+        found.setdefault(tensor.device, []).append(tensor.isfinite().all())
+    return all(bool(torch.stack(of_device).all()) for of_device in found.values())
 
 
 def _no_tokens(ffn: FFN) -> Tokens:
