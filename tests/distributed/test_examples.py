@@ -64,7 +64,11 @@ def launch(kind: str, *commands: str) -> None:
     start = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(SCRIPTS / f"{kind}.yaml")]
     start += ["--mixed_precision", "no", "--main_process_port", str(free_port())]
     start += [str(Path(__file__).parent / "launched.py"), *commands]
-    own = {"PYTHONPATH": os.pathsep.join(p for p in sys.path if p), "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+    own = {
+        "PYTHONPATH": os.pathsep.join(p for p in sys.path if p),
+        "OMP_NUM_THREADS": "1",
+        "ACCELERATE_USE_CPU": "true",
+    }
     own |= {"DS_ACCELERATOR": "cpu"}
     ended = subprocess.run(start, env=os.environ | own, capture_output=True, text=True, timeout=400)
     assert ended.returncode == 0, (ended.stdout + ended.stderr)[-4000:]
@@ -77,13 +81,26 @@ def adapter(folder: Path) -> dict[str, Tensor]:
 def assert_equal(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
     assert found.keys() == expected.keys()
     for name, tensor in expected.items():
-        torch.testing.assert_close(found[name], tensor, rtol=1e-4, atol=1e-4, msg=lambda text, name=name: f"{name} {text}")
+        torch.testing.assert_close(
+            found[name], tensor, rtol=1e-4, atol=1e-4, msg=lambda text, name=name: f"{name} {text}"
+        )
 
 
 def test_two_processes_prepare_the_adapter_of_one(launched, model: Path, tmp_path: Path):
     """By the defaults, with all their draws: calibrated, distilled for 20 steps, saved."""
     command = [sys.executable, str(SCRIPTS / "prepare.py"), "--model", str(model), "--data", str(model / "text.txt")]
-    command += ["--block", "16", "--sequences", "64", "--ratio", "0.5", "--steps", str(STEPS), "--adapter", str(tmp_path)]
+    command += [
+        "--block",
+        "16",
+        "--sequences",
+        "64",
+        "--ratio",
+        "0.5",
+        "--steps",
+        str(STEPS),
+        "--adapter",
+        str(tmp_path),
+    ]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(p for p in sys.path if p), "OMP_NUM_THREADS": "1"}
     ended = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=400)
     assert ended.returncode == 0, ended.stderr[-4000:]
