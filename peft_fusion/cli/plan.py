@@ -60,8 +60,8 @@ def plan(model: Any, ratio: float, ffns_per_pass: int | None, rate: float) -> li
         rate: operations a second, of products in the model's dtype.
 
     Returns:
-        Of fusing by weights, calibrating, training and distilling. Fusing by weights, as the command line does it FFN by
-        FFN, leaves the model's own weights on disk; routed experts are fused in memory.
+        Of fusing by weights, calibrating, training and distilling. The command line fuses by weights FFN by FFN, and
+        leaves the model's own weights on disk; routed experts are fused in memory.
     """
     ffns, size = find_all(model), element_size(model)
     full = sum(parameter.numel() for parameter in model.parameters())
