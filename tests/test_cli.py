@@ -69,6 +69,18 @@ def test_layouts(run, base):
     assert found["ffns"][0]["parameters"] == 3 * 32 * 64
 
 
+def test_what_it_will_take(run, base):
+    options = ("layouts", base, "--plan", "--ratio", 0.25)
+    steps = [json.loads(run(*options, "--ffns-per-pass", size, "--json")[1])["steps"] for size in (1, 3)]
+    assert [step["step"] for step in steps[0]] == ["fuse by weights", "calibrate", "train, a step", "distill"]
+    assert all(step["bytes"] > 0 and step["seconds"] > 0 for step in steps[0])
+    one, all_at_once = (found[1] for found in steps)
+    assert all_at_once["bytes"] - one["bytes"] == 2 * 4 * 2 * 1024 * (32 + 32)  # inputs and gradients for the scales
+    narrow = 3 * 3 * 32 * 16
+    assert steps[0][2]["bytes"] == narrow * 4 * (1 + 1 + 2)
+    assert "GB more" in run(*options)[1]
+
+
 def test_fuse_without_data(run, base, tmp_path):
     status, out, _ = run("fuse", base, tmp_path / "small", "--layers", "1-2", "--no-check", "--json")
     told = json.loads(out)
@@ -88,10 +100,18 @@ def test_fuse_after_calibration(run, base, tmp_path, text, inputs):
     assert tf.AutoConfig.from_pretrained(tmp_path / "small").intermediate_size == 24
 
 
+def test_calibrated_from_disk(run, base, tmp_path, text):
+    options = ["--calibrate", text, "--sequences", 8, "--length", 16, "--no-check"]
+    assert run("fuse", base, tmp_path / "memory" / "small", *options)[0] == 0
+    status, _, err = run("fuse", base, tmp_path / "disk" / "small", *options, "--offload")
+    assert status == 0, err
+    assert [path.name for path in (tmp_path / "disk").iterdir()] == ["small"]
+    here, there = (tf.AutoModelForCausalLM.from_pretrained(tmp_path / way / "small") for way in ("memory", "disk"))
+    torch.testing.assert_close(there.state_dict(), here.state_dict(), rtol=1e-4, atol=1e-5)
+
+
 def test_fuse_checks_what_it_wrote(run, base, tmp_path, monkeypatch):
-    monkeypatch.setattr(
-        sys.modules["peft_fusion.export.check"], "reloaded", lambda jobs: [(torch.zeros(1, 16, 99), {})]
-    )
+    monkeypatch.setattr(sys.modules["peft_fusion.export.check"], "reloaded", lambda *_: [(torch.zeros(1, 16, 99), {})])
     status, _, err = run("fuse", base, tmp_path / "small")
     assert status == 1 and "differ from the fused" in err and not (tmp_path / "small").exists()
 
