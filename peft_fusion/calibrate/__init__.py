@@ -47,7 +47,8 @@ def calibrate(
     """Makes narrow FFNs from what goes through the original ones; no labels are needed.
 
     With `allocation="fisher"` it first decides how wide each is to be: one elimination per FFN tells how its error
-    grows as neurons go. That takes the same statistics once more where FFNs are worked on in groups.
+    grows as neurons go, and one backward pass a sequence how much that counts once all FFNs are narrow. That takes the
+    same statistics once more where FFNs are worked on in groups.
 
     With a configuration they wait on the model until `get_peft_model(model, config)` installs them. Without one the
     model must have a fusion adapter, whose narrow weights are made anew in place: for trainers that make the adapter

@@ -22,6 +22,9 @@ HELD_OUT = 4
 MOST_SEQUENCES, FEWEST_SEQUENCES = 24, 6
 """Sequences that scales are fitted to: one of 20 that calibration sees, within these bounds."""
 
+BUDGET_SEQUENCES = 64
+"""Held-out sequences by which it is seen how much each FFN contributes."""
+
 
 @dataclass(frozen=True)
 class Inputs:
@@ -87,7 +90,16 @@ class Inputs:
     def for_the_scales(self) -> list[Batch]:
         """Held-out sequences, one a batch, that scales are fitted to."""
         seen = int(ranks.sum_of(self.count))
-        wanted = ranks.share_of(min(MOST_SEQUENCES, max(FEWEST_SEQUENCES, seen // 20)))
+        return self._held_out(min(MOST_SEQUENCES, max(FEWEST_SEQUENCES, seen // 20)))
+
+    @property
+    def for_the_budget(self) -> list[Batch]:
+        """Held-out sequences, one a batch, by which it is seen how much each FFN contributes."""
+        return self._held_out(BUDGET_SEQUENCES)
+
+    def _held_out(self, sequences: int) -> list[Batch]:
+        """The first of this rank's held-out sequences, one a batch; so many of all ranks together."""
+        wanted = ranks.share_of(sequences)
         found: list[Batch] = []
         before = 0
         for batch in self.batches:

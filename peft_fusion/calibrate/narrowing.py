@@ -12,6 +12,7 @@ from ..ffn import activation_of, read_one
 from ..fusing.activations import Activation
 from ..fusing.calibrated import cluster_centroids, fuse_calibrated
 from ..fusing.centroids import CentroidMoments
+from ..fusing.curves import Eliminated
 from ..fusing.methods import narrow_by
 from ..fusing.recipe import Recipe
 from ..fusing.settle import settle
@@ -23,12 +24,13 @@ from ..observe.gradients import NoGradients
 from ..observe.networks import Network
 from ..tuner.build import check_readable, whole
 from ..tuner.plan import AnyPlanned
-from .budget import added_up, budgeted_widths, measured_errors
+from .attribution import contributions
+from .budget import added_up, budgeted_widths, measured
 from .collect import collect, collect_centroids
 from .inputs import Inputs
 from .pieces import Piece, pieces_of
 from .scales import fit_scales_of
-from .share import share_errors, share_results
+from .share import share_measured, share_results
 from .starved import Starved
 
 Known = tuple[FFNWeights, int, FFNStatistics, Activation, Recipe, int | None]
@@ -84,21 +86,35 @@ class Narrowing:
             ValueError: if the model has no gradients.
         """
         errors: dict[str, dict[int, float]] = {}
+        narrow: dict[str, NarrowFFN] = {}  # of the widths that they are planned with
         for group in self.groups:
             own = self._statistics(group, with_metric=True)
-            kept = {p.ffn.name for p in pieces_of(p for p in group if p.ffn.name in fixed)} | self._starved.by_weights
+            of_fixed = {one.ffn.name for one in pieces_of(p for p in group if p.ffn.name in fixed)}
 
-            def measure(p: Piece, own: dict[str, FFNStatistics] = own, kept: set[str] = kept) -> dict[int, float]:
-                return {} if p.ffn.name in kept else measured_errors(p, own[p.ffn.name], multiple_of)
+            def measure(p: Piece, own: dict[str, FFNStatistics] = own, of_fixed: set[str] = of_fixed) -> Eliminated:
+                if p.ffn.name in self._starved.by_weights:
+                    return Eliminated({}, {p.width: self._by_weights(p)})
+                return measured(p, own[p.ffn.name], multiple_of, p.ffn.name in of_fixed)
 
-            found = share_errors(pieces_of(group), measure)
-            errors |= {p.ffn.name: added_up(found[one.ffn.name] for one in pieces_of([p])) for p in group}
+            found = share_measured(pieces_of(group), measure)
+            narrow |= {p.ffn.name: found[p.ffn.name].narrow[p.width] for p in pieces_of(group)}
+            free = [p for p in group if p.ffn.name not in fixed]
+            errors |= {p.ffn.name: added_up(found[one.ffn.name].errors for one in pieces_of([p])) for p in free}
             self._held = own if len(self.groups) == ranks.world() == 1 else {}
-        widths = budgeted_widths(self.plan, errors, multiple_of)
+        widths = budgeted_widths(self.plan, errors, self._contributions(narrow), multiple_of) if errors else {}
         if widths:
             self.plan = replan(widths)
             self.network = self.network.of([p.ffn for p in self.plan])
         return self.plan
+
+    def _contributions(self, narrow: Mapping[str, NarrowFFN]) -> dict[str, float]:
+        """FFN name -> what it contributes, all its experts together if it has any, with all narrow ones in place."""
+        planned = [p for group in self.groups for p in group]
+        try:
+            _, of_each = contributions(self.network.of([p.ffn for p in planned]), narrow, self.inputs.for_the_budget)
+        except NoGradients as error:
+            raise self._no_budget(error) from error
+        return {p.ffn.name: sum(of_each[one.ffn.name] for one in pieces_of([p])) for p in planned}
 
     def narrow_ffns(self) -> dict[str, NarrowFFN]:
         """Name of a dense FFN or an expert -> its narrow one, its scales fitted; what is to stay whole is itself."""
@@ -174,10 +190,7 @@ class Narrowing:
             return self._starved.metrics(network.ffns, sums)
         except NoGradients as error:
             if with_metric:
-                raise ValueError(
-                    f'`allocation="fisher"` needs gradients, and none could be taken through '
-                    f"{type(self.network.model).__name__}: {error}. Give widths by `width_pattern`, or one `ratio`."
-                ) from error
+                raise self._no_budget(error) from error
             self.recipe = settle(self.asked, self.source, gradients=False)
             warnings.warn(
                 f"No gradients could be taken through {type(self.network.model).__name__}, so errors of its FFNs' "
@@ -185,3 +198,9 @@ class Narrowing:
                 stacklevel=5,
             )
             return {}
+
+    def _no_budget(self, error: NoGradients) -> ValueError:
+        return ValueError(
+            f'`allocation="fisher"` needs gradients, and none could be taken through '
+            f"{type(self.network.model).__name__}: {error}. Give widths by `width_pattern`, or one `ratio`."
+        )

@@ -8,14 +8,12 @@ original, and the narrow FFNs' of the model with all of them in place.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 
-from ..ffn import Routed, activation_of, capture_each, networks_of, read_one
-from ..fusing.activations import run
+from ..ffn import activation_of, networks_of, read_one
 from ..fusing.gradient_kernels import TokenGradients, adam_kernels
 from ..fusing.scales import fit_scales
 from ..fusing.weights import NarrowFFN
@@ -29,6 +27,7 @@ from ..tuner.plan import AnyPlanned
 from .inputs import Inputs
 from .pieces import Piece, pieces_of
 from .share import share_results
+from .stand_ins import standing_in
 
 MOST_TOKENS = 1024
 """Tokens that count of all sequences together: their inputs and gradients are kept for a group of FFNs."""
@@ -83,7 +82,7 @@ def _fitted(
     for p in pieces:
         tokens = _of_all_ranks(originals.pop(p.ffn.name))
         kernels[p.ffn.name] = adam_kernels(read_one(p.ffn), activation_of(p.ffn), tokens)
-    with _in_place(network, narrow):  # all FFNs, not only the group
+    with standing_in(network, narrow):  # all FFNs, not only the group
         found = _gradients(of_group, used, seed, all_of_them=True)
     narrow_tokens = {name: _of_all_ranks(own) for name, own in found.items()}
 
@@ -135,19 +134,3 @@ def _of_all_ranks(tokens: TokenGradients) -> TokenGradients:
     counts = ranks.joined_over_ranks(tokens.inputs.new_tensor(tokens.counts).long())
     inputs, gradients = ranks.joined_over_ranks(tokens.inputs), ranks.joined_over_ranks(tokens.gradients)
     return TokenGradients(inputs, gradients, tuple(counts.tolist()))
-
-
-@contextmanager
-def _in_place(network: Network, narrow: Mapping[str, NarrowFFN]) -> Iterator[None]:
-    """Every narrow FFN puts out what it does in the place of the original one."""
-    inputs: dict[str, Tensor] = {}
-    activations = {one.name: activation_of(one) for ffn in network.ffns for one in networks_of(ffn)}
-
-    def note(name: str, x: Tensor, routed: Routed | None) -> None:
-        inputs[name] = x
-
-    def replace(name: str, output: Tensor, routed: Routed | None) -> Tensor:
-        return run(narrow[name], activations[name], inputs.pop(name)).to(output.dtype)
-
-    with capture_each(network.ffns, inputs=note, outputs=replace):
-        yield

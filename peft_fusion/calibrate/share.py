@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ..ffn import device_of
+from ..fusing.curves import Eliminated
 from ..fusing.weights import FFNWeights, NarrowFFN
 from ..observe import ranks
 from ..progress import progress
@@ -29,18 +30,24 @@ def share_results(group: Sequence[Piece], make: Callable[[Piece], NarrowFFN], de
     return {p.ffn.name: _sent(own.get(p.ffn.name), ranks.owner(i), p) for i, p in enumerate(group)}
 
 
-def share_errors(group: Sequence[Piece], measure: Callable[[Piece], dict[int, float]]) -> dict[str, dict[int, float]]:
-    """Measures every FFN's errors at some widths on one of the ranks, and tells the others.
+def share_measured(group: Sequence[Piece], measure: Callable[[Piece], Eliminated]) -> dict[str, Eliminated]:
+    """Measures every FFN's errors on one of the ranks, and sends them and the narrow FFNs that were kept to the others.
 
     Args:
         group: the FFNs, dense ones and experts.
-        measure: the errors of an FFN, width -> error; called for this rank's FFNs only.
+        measure: what `eliminated` finds out about an FFN, with one narrow one; called for this rank's FFNs only.
 
     Returns:
-        Name -> its errors, the same on every rank.
+        Name -> what was found, the same on every rank.
     """
     own = ranks.together(lambda: {p.ffn.name: measure(p) for p in progress(ranks.own(group), "Measuring widths")})
-    return {p.ffn.name: ranks.object_from_rank(ranks.owner(i), own.get(p.ffn.name, {})) for i, p in enumerate(group)}
+    found = {}
+    for i, p in enumerate(group):
+        mine = own.get(p.ffn.name)
+        errors = ranks.object_from_rank(ranks.owner(i), mine.errors if mine else {})
+        narrow = _sent(next(iter(mine.narrow.values())) if mine else None, ranks.owner(i), p)
+        found[p.ffn.name] = Eliminated(errors, {narrow.weights.width: narrow})
+    return found
 
 
 def _sent(narrow: NarrowFFN | None, owner: int, p: Piece) -> NarrowFFN:

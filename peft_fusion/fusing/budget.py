@@ -13,10 +13,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 Point = tuple[int, float]
 """A width, and the error there."""
+
+MOST_APART = 8.0
+"""How much more or less than the mean an FFN's error may count for in company than it does alone."""
 
 
 @dataclass(frozen=True)
@@ -57,6 +60,30 @@ def measured_widths(width: int, share: float, multiple_of: int) -> list[int]:
     shares = [*(share * part for part in parts), share, *(share + (1 - share) * part for part in parts)]
     rounded = {max(1, round(part * width / multiple_of)) * multiple_of for part in shares}
     return sorted(found for found in rounded if found < width)
+
+
+def in_company(curves: Sequence[ErrorCurve], widths: Sequence[int], contributions: Sequence[float]) -> list[ErrorCurve]:
+    """Error curves at the size that errors have where all FFNs are narrow, and not one of them alone.
+
+    Args:
+        curves: of each FFN alone.
+        widths: one of the measured widths of each.
+        contributions: of each FFN to the error of all together, in any unit, where they have these widths.
+
+    Returns:
+        Each curve times one factor, so that at its width it is what the FFN contributes, in units of the curves. No
+        factor is above `MOST_APART` or below its inverse, because contributions are measured on little text.
+    """
+    alone = [curve.errors[width] for curve, width in zip(curves, widths, strict=True)]
+    mean = sum(contributions) / max(sum(alone), 1e-30)
+    if not mean > 0:
+        return list(curves)
+    found = []
+    for curve, error, contribution in zip(curves, alone, contributions, strict=True):
+        factor = contribution / max(error, 1e-30) / mean
+        factor = min(max(factor, 1 / MOST_APART), MOST_APART)
+        found.append(replace(curve, errors={width: factor * e for width, e in curve.errors.items()}))
+    return found
 
 
 def allocate(curves: Sequence[ErrorCurve], budget: int, multiple_of: int) -> list[int]:

@@ -17,7 +17,7 @@ from . import ranks
 from .batches import Batch, padding_mask, token_mask
 from .gradients import gradients_of_sequence
 from .networks import Network
-from .outputs import main_output, run_whole, speaks
+from .outputs import predicted
 
 METRIC_SEQUENCES = 64
 """Sequences that give F well enough.
@@ -115,8 +115,8 @@ def _key(sequence: Batch, seed: int) -> int:
 def drawn_likelihood(network: Network, batch: Batch, generator: torch.Generator) -> Tensor:
     """The log-likelihood, summed over a batch's tokens, of outputs that are drawn from the model itself.
 
-    A language model's output is a token for each position. Any other head is mostly new and sees few directions: its
-    model's output is taken to be the last hidden state plus Gaussian noise of unit variance.
+    A language model's output is a token for each position. That of any other model is taken to be its last hidden state
+    plus Gaussian noise of unit variance.
 
     Args:
         network: the network whose outputs they are.
@@ -126,11 +126,7 @@ def drawn_likelihood(network: Network, batch: Batch, generator: torch.Generator)
     Returns:
         Tensor without dimensions, to be differentiated; the draws are constants.
     """
-    hidden, output = run_whole(network, batch)
-    logits = getattr(output, "logits", None)
-    spoken = speaks(hidden, logits)
-    value = logits if spoken else hidden if hidden is not None else main_output(output)
-    assert value is not None
+    value, spoken = predicted(network, batch)
     value = value.to(torch.promote_types(value.dtype, torch.float32))
     likelihood = _categorical(value, generator) if spoken else _gaussian(value, generator)
     mask = padding_mask(batch, value.shape, network.is_encoder_decoder)

@@ -60,7 +60,7 @@ def gradients_of_sequence(
 
     with torch.enable_grad(), layers.running(), capture_each(network.ffns, inputs=note_input, outputs=note_output):
         value = evaluate(batch) * magnified
-        gradients = _gradients(value, [output for _, _, output in calls])
+        gradients = gradients_by(value, [output for _, _, output in calls])
     ones = (one for ffn in network.ffns for one in networks_of(ffn))
     found = {one.name: [_no_tokens(one)] for one in ones}  # all that an expert may get of a sequence
     for (name, x, output), gradient in zip(calls, gradients, strict=True):
@@ -75,11 +75,16 @@ def joined(tokens: Sequence[Tokens]) -> Tokens:
     return torch.cat([x for x, _ in tokens]), torch.cat([d for _, d in tokens])
 
 
-def _gradients(value: Tensor, outputs: list[Tensor]) -> Sequence[Tensor | None]:
+def gradients_by(value: Tensor, tensors: list[Tensor]) -> Sequence[Tensor | None]:
+    """The gradients of a number by tensors; None by one that it does not depend on.
+
+    Raises:
+        NoGradients: if it depends on none, or they are not finite.
+    """
     if not value.requires_grad:
         raise NoGradients("its output does not depend on its FFNs in a way that autograd follows")
     try:
-        gradients = torch.autograd.grad(value, outputs, allow_unused=True)
+        gradients = torch.autograd.grad(value, tensors, allow_unused=True)
     except (RuntimeError, NotImplementedError) as error:  # a module without a backward pass
         if is_out_of_memory(error):
             raise

@@ -33,6 +33,27 @@ def run_whole(network: Network, batch: Batch, through: nn.Module | None = None) 
     return hidden[0], output
 
 
+def predicted(network: Network, batch: Batch) -> tuple[Tensor, bool]:
+    """What is taken for a model's predictions: a language model's logits, else its last hidden states.
+
+    Any other head is mostly new, and sees few directions.
+
+    Args:
+        network: the network.
+        batch: its inputs.
+
+    Returns:
+        Tensor of shape (..., classes or dim), and whether it holds logits.
+    """
+    hidden, output = run_whole(network, batch)
+    logits = getattr(output, "logits", None)
+    if logits is not None and speaks(hidden, logits):
+        return logits, True
+    value = hidden if hidden is not None else main_output(output)
+    assert value is not None
+    return value, False
+
+
 def main_output(output: Any) -> Tensor | None:
     """What a model is there for: logits, else hidden states, else its first tensor."""
     for name in ("logits", "last_hidden_state"):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+
 import pytest
 import torch
 from architectures import ARCHITECTURES, BY_NAME
@@ -52,6 +54,24 @@ def test_neurons_go_where_they_count():
     fused(uneven(), config)
     widths = {name.split(".")[2]: narrow for name, (_, narrow) in config.fused_widths.items()}
     assert widths["0"] < 32 < widths.get("2", 64)
+
+
+def test_neurons_go_where_errors_count_for_more_in_company(monkeypatch):
+    """The curves are those of three equal FFNs; what is measured with all narrow ones in place is not."""
+    alike, apart = budget(), budget()
+    fused(LLAMA.make(), alike)
+    seen = {}
+
+    def measured(network, narrow, sequences):
+        seen.update(narrow=narrow, sequences=sequences)
+        return 1.0, {name: 8.0 if "layers.1" in name else 1.0 for name in narrow}
+
+    narrowing = importlib.import_module("peft_fusion.calibrate.narrowing")
+    monkeypatch.setattr(narrowing, "contributions", measured)
+    fused(LLAMA.make(), apart)
+    assert [narrow.weights.width for narrow in seen["narrow"].values()] == [32, 32, 32] and len(seen["sequences"]) == 3
+    one, other = (config.fused_widths.get("model.layers.1.mlp", [64, 64])[1] for config in (alike, apart))
+    assert other > one + 4
 
 
 def test_what_is_left_whole_is_left_alone():

@@ -7,7 +7,15 @@ import math
 
 import pytest
 
-from peft_fusion.fusing.budget import ErrorCurve, _between, _lower_hull, allocate, measured_widths
+from peft_fusion.fusing.budget import (
+    MOST_APART,
+    ErrorCurve,
+    _between,
+    _lower_hull,
+    allocate,
+    in_company,
+    measured_widths,
+)
 
 
 def convex(width: int, size: float, parameters: int = 1, power: float = 2.0) -> ErrorCurve:
@@ -27,6 +35,27 @@ def test_no_other_widths_err_less(budget):
     found = allocate(curves, budget, 1)
     assert sum(found) <= budget
     assert error(found) == pytest.approx(best)
+
+
+def test_an_ffn_whose_error_counts_for_more_in_company_gets_more_neurons():
+    curves = [convex(64, 1.0), convex(64, 1.0), convex(64, 1.0)]
+    alone = curves[0].errors[32]
+    found = in_company(curves, [32, 32, 32], [0.5 * alone, 1.0 * alone, 1.5 * alone])
+    assert [curve.errors[32] / alone for curve in found] == pytest.approx([0.5, 1.0, 1.5])
+    assert found[2].errors[10] == pytest.approx(1.5 * curves[2].errors[10])
+    widths = allocate(found, 3 * 32, 1)
+    assert widths[0] < widths[1] < widths[2]
+    assert allocate(in_company(curves, [32] * 3, [7.0] * 3), 3 * 32, 1) == allocate(curves, 3 * 32, 1)
+
+
+@pytest.mark.parametrize("least", [0.0, -1.0, 1e-9])
+def test_no_ffn_is_given_up_because_of_a_little_text(least):
+    curves = [convex(64, 1.0), convex(64, 1.0)]
+    found = in_company(curves, [32, 32], [least, 100.0])
+    mean = (least + 100) / (curves[0].errors[32] + curves[1].errors[32])
+    assert found[0].errors[32] == pytest.approx(curves[0].errors[32] / MOST_APART)
+    assert found[1].errors[32] == pytest.approx(100.0 / mean)
+    assert in_company(curves, [32, 32], [0.0, 0.0]) == curves
 
 
 def test_neurons_count_by_their_parameters():
