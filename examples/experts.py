@@ -22,7 +22,6 @@ from collections.abc import Callable
 from common.command_line import example_parser, positive, rate, run, write_json
 from common.errors import InputError
 from common.fine_tuning import be_quiet, fine_tune
-from common.load_models import load_causal_lm
 from common.mixtures import difference, load_mixture, remove_experts, train_experts_alone
 from common.reporting import text_table
 from common.running_text import Block, blocks, load_texts, perplexity
@@ -78,7 +77,7 @@ class Mixture:
 
     def __init__(self, options: argparse.Namespace) -> None:
         self.options = options
-        self.model, tokenizer = load_mixture(options.model, options.layers)
+        self.model, tokenizer = load_mixture(options.model, options.layers, 2 if options.smoke else None)
         self.encodes = bool(self.model.config.is_encoder_decoder)
         found = (self._examples(blocks(tokenizer, texts, options.block)) for texts in load_texts(options.text))
         train, held_out = found
@@ -99,9 +98,7 @@ class Mixture:
         """Row -> stage -> perplexity."""
         rows: dict[str, dict[str, float]] = {}
         if self.options.model is None:
-            dense, _ = load_causal_lm(None)
-            self._note(rows, "SmolLM2-135M", "at once", dense)
-            self._note(rows, "upcycled", "at once", self.model)
+            self._note(rows, "SmolLM2-135M, upcycled", "at once", self.model)
             self._train_apart()
         self._note(rows, "the mixture of experts", "at once", self.model)
         for name, make in self._ways().items():

@@ -26,15 +26,21 @@ from .load_models import load_causal_lm, load_tokenizer
 EXPERTS, CHOSEN = 4, 2
 
 
-def load_mixture(name: str | None, layers: int) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+def load_mixture(
+    name: str | None, layers: int, of: int | None = None
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """A mixture of experts in fp32 and its tokenizer.
 
     Args:
         name: Hub id or local path of Mixtral, Qwen3-MoE, Switch, ...; None: SmolLM2-135M, upcycled.
         layers: of an upcycled one, how many of the last get experts.
+        of: how many of its layers are there at all; None: every one.
     """
     if name is None:
         dense, tokenizer = load_causal_lm(None)
+        dense.model.layers = dense.model.layers[:of]
+        dense.config.num_hidden_layers = len(dense.model.layers)
+        dense.config.layer_types = None
         return upcycled(dense, layers), tokenizer
     try:
         encodes = AutoConfig.from_pretrained(name).is_encoder_decoder
@@ -57,7 +63,11 @@ def upcycled(dense: PreTrainedModel, layers: int, seed: int = 0) -> PreTrainedMo
     """
     set_seed(seed)
     same = dense.config.to_dict()
-    kept = {k: same[k] for k in same if hasattr(MixtralConfig(), k) and k not in ("architectures", "model_type")}
+    kept = {
+        k: same[k]
+        for k in same
+        if hasattr(MixtralConfig(), k) and k not in ("architectures", "model_type", "layer_types")
+    }
     moe = MixtralForCausalLM(MixtralConfig(**kept | {"num_local_experts": EXPERTS, "num_experts_per_tok": CHOSEN}))
     first = dense.config.num_hidden_layers - layers
     for index, (ours, theirs) in enumerate(zip(moe.model.layers, dense.model.layers, strict=True)):
