@@ -27,6 +27,7 @@ from ..tuner.plan import AnyPlanned, plan_ffns
 from ..tuner.recipe import asked_recipe
 from .in_place import Adapter, adapter_of
 from .inputs import Inputs
+from .memory import most_at_once
 from .narrowing import Narrowing
 
 __all__ = ["calibrate"]
@@ -40,6 +41,7 @@ def calibrate(
     sequences: int | None = None,
     length: int = OWN_LENGTH,
     ffns_per_pass: int | None = None,
+    memory: int | None = None,
     own_text: str | Path | None = None,
 ) -> None:
     """Makes narrow FFNs from what goes through the original ones; no labels are needed.
@@ -58,8 +60,10 @@ def calibrate(
     kernel; both take some backward passes, a sequence at a time. A model that has no gradients is fused without them.
 
     Beyond the model and its narrow FFNs it takes, for each FFN of a group, 4 * width ** 2 bytes, 2048 inputs in the
-    model's dtype, 4 * out_dim ** 2 bytes, and later 1024 inputs and gradients; and the activations of one backward
-    pass over 64 tokens. The batches are kept in memory. All of it is freed at the end.
+    model's dtype, 4 * out_dim ** 2 bytes, and later 1024 inputs and gradients; for the one that is being made 3.5 times
+    4 * width ** 2 bytes and its weights in float32. `memory` bounds all of that. On top come the activations of a
+    forward pass over a batch, and of a backward pass over 64 tokens, layer by layer, with their logits. The batches are
+    kept in memory. All of it is freed at the end.
 
     Of routed experts each is an FFN by itself, which sees only the tokens that are routed to it, by the square of the
     router's weight; all of a layer get one width, a multiple of 8. An expert with too few tokens takes the metric of
@@ -78,25 +82,31 @@ def calibrate(
         length: tokens in each of the model's own sequences.
         ffns_per_pass: how many FFNs to work on at once, all experts of a layer as one: less memory, more passes. None:
             all of them.
+        memory: bytes that all of this may take, on device and host together, instead of `ffns_per_pass`; the
+            activations of the passes come on top (see `calibrate.memory`).
         own_text: a `.safetensors` file that the model's own inputs are written to, or read from if it exists.
 
     Raises:
         ValueError: if the configuration does not fit the model or cannot be calibrated, there is no adapter to renew,
-            there are too few batches, the model cannot take one, or activations are not finite.
+            `memory` does not suffice, there are too few batches, the model cannot take one, or activations are not
+            finite.
         RuntimeError: if the original weights were dropped.
         TypeError: if `config` is no `FusionConfig`.
     """
-    _check_numbers(sequences=sequences, length=length, ffns_per_pass=ffns_per_pass)
+    _check_numbers(sequences=sequences, length=length, ffns_per_pass=ffns_per_pass, memory=memory)
+    if ffns_per_pass is not None and memory is not None:
+        raise ValueError("`memory` says how many FFNs are worked on at once, and so does `ffns_per_pass`; give one.")
     if dataloader is not None and own_text is not None:
         raise ValueError("`own_text` keeps what the model samples where there is no `dataloader`; give one of them.")
     host = unwrapped(model)
     adapter = None if config is not None else adapter_of(host)
     plan, config = _plan(host, config, adapter)
     network = Network(host, [p.ffn for p in plan], fused=False)
+    size = ffns_per_pass or len(plan) if memory is None else most_at_once((p.ffn for p in plan), memory)
     fingerprints = {p.ffn.name: Fingerprint.of(p) for p in plan}
     with network.running():
         inputs = Inputs.of(network, dataloader, sequences, length, config.seed, own_text)
-        narrowing = Narrowing(network, plan, inputs, asked_recipe(config), ffns_per_pass or len(plan))
+        narrowing = Narrowing(network, plan, inputs, asked_recipe(config), size)
         if config.allocation == "fisher" and adapter is None:
             fixed = with_own_width((p.ffn for p in plan), config.width_pattern)
             multiple_of = math.lcm(*width_steps(host, [p.ffn for p in plan], config.multiple_of).values())

@@ -6,7 +6,7 @@ too, so that a token counts by the square of that weight.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -39,11 +39,15 @@ def collect(network: Network, inputs: Inputs) -> dict[str, FFNStatistics]:
     """
     statistics = {one.name: _empty(one) for ffn in network.ffns for one in networks_of(ffn)}
 
-    def add(name: str, hidden: Tokens) -> None:
-        statistics[name].add(*hidden.training)
+    def add(name: str, hidden: Tokens) -> Tensor:
+        taken, weights = hidden.training
+        statistics[name].add(taken, weights)
+        return taken
 
-    def hold_out(name: str, inputs: Tokens) -> None:
-        statistics[name].hold_out(*inputs.held_out)
+    def hold_out(name: str, inputs: Tokens) -> Tensor:
+        taken, weights = inputs.held_out
+        statistics[name].hold_out(taken, weights)
+        return taken
 
     ranks.together(lambda: run_over(network, inputs, "Calibrating", inputs_listener=hold_out, hidden_listener=add))
     for ffn in network.ffns:
@@ -79,9 +83,12 @@ def collect_centroids(
         if one.name in centroids
     }
 
-    def add(name: str, inputs: Tokens) -> None:
-        if name in moments:
-            moments[name].add_inputs(*inputs.training)
+    def add(name: str, inputs: Tokens) -> Tensor | None:
+        if name not in moments:
+            return None
+        taken, weights = inputs.training
+        moments[name].add_inputs(taken, weights)
+        return taken
 
     ranks.together(lambda: run_over(network, inputs, "Refitting centroids", inputs_listener=add))
     for found in moments.values():
@@ -96,31 +103,32 @@ class Tokens:
     Args:
         values: tensor of shape (tokens, dim).
         weights: of the tokens, shape (tokens,): the squares of the router's; None: all 1.
-        valid: which tokens are no padding.
-        is_held_out: which are of sequences that are held out.
+        numbers: those of the tokens to fit to, int64, on the device of `values`.
+        held_out_numbers: those of the tokens that are held out.
     """
 
     values: Tensor
     weights: Tensor | None
-    valid: Tensor
-    is_held_out: Tensor
+    numbers: Tensor
+    held_out_numbers: Tensor
 
     @property
     def training(self) -> tuple[Tensor, Tensor | None]:
         """The tokens to fit to, and their weights."""
-        return self._where(self.valid & ~self.is_held_out)
+        return self._of(self.numbers)
 
     @property
     def held_out(self) -> tuple[Tensor, Tensor | None]:
         """The tokens that are held out, and their weights."""
-        return self._where(self.valid & self.is_held_out)
+        return self._of(self.held_out_numbers)
 
-    def _where(self, chosen: Tensor) -> tuple[Tensor, Tensor | None]:
-        return self.values[chosen], None if self.weights is None else self.weights[chosen]
+    def _of(self, numbers: Tensor) -> tuple[Tensor, Tensor | None]:
+        weights = None if self.weights is None else self.weights.index_select(0, numbers)
+        return self.values.index_select(0, numbers), weights
 
 
-TokenListener = Callable[[str, Tokens], None]
-"""Gets the name of a dense FFN or of an expert, and what goes through it."""
+TokenListener = Callable[[str, Tokens], Tensor | None]
+"""Gets the name of a dense FFN or an expert, and what goes through it; it returns the tokens that it took, if any."""
 
 
 def run_over(
@@ -131,24 +139,32 @@ def run_over(
     inputs_listener: TokenListener | None = None,
     hidden_listener: TokenListener | None = None,
 ) -> None:
-    """One forward pass over the inputs that tells of the tokens that go into FFNs and into their out-projections."""
+    """One forward pass over the inputs that tells of the tokens that go into FFNs and into their out-projections.
+
+    The host never waits for the device in it: tokens are chosen by numbers that the host knows, and whether all of
+    them were finite is asked once, at the end.
+
+    Raises:
+        UnusableActivations: if a listener took a token that is not finite.
+    """
     places: dict[str, Positions] = {}
+    looks: dict[str, list[Look]] = {}
     seen = 0
 
     def told(listener: TokenListener) -> Callable[[str, Tensor, Routed | None], None]:
         kind = "inputs" if listener is inputs_listener else "hidden"
+        words = "inputs" if kind == "inputs" else "hidden activations"
 
         def listen(name: str, activations: Tensor, routed: Routed | None) -> None:
-            valid, sequence = _placed(places[kind], name, activations, routed)
             values = activations.detach().reshape(-1, activations.shape[-1])
             weights = None if routed is None else routed.weights.detach().float().square()
-            try:
-                listener(name, Tokens(values, weights, valid, (seen + sequence) % HELD_OUT == HELD_OUT - 1))
-            except ValueError as error:
-                raise UnusableActivations(
-                    f"At the FFN {name!r} {error} (sequences {seen} to {seen + size - 1}). Check the model in this "
-                    "dtype, and the batch."
-                ) from error
+            valid, sequence = _placed(places[kind], name, activations, routed)
+            held_out = (seen + sequence) % HELD_OUT == HELD_OUT - 1
+            chosen = (numbers.nonzero().squeeze(1) for numbers in (valid & ~held_out, valid & held_out))
+            on_device = (numbers.to(values.device, non_blocking=True) for numbers in chosen)
+            taken = listener(name, Tokens(values, weights, *on_device))
+            if taken is not None:
+                looks.setdefault(name, []).append((words, seen, seen + size - 1, torch.isfinite(taken).all()))
 
         return listen
 
@@ -160,6 +176,23 @@ def run_over(
             places.update({kind: _positions(network, batch) for kind in told_of})
             network(unlabelled(batch, network.is_encoder_decoder), logits=False)
             seen += size
+    for name, found in looks.items():
+        _require_finite(name, found)
+
+
+Look = tuple[str, int, int, Tensor]
+"""At what goes through an FFN: what it is, its first and last sequence, and whether it is finite, on the device."""
+
+
+def _require_finite(name: str, looks: Sequence[Look]) -> None:
+    """Refuses an FFN's activations if any were not finite, and tells which."""
+    finite = torch.stack([found for *_, found in looks]).tolist()
+    for (words, first, last, _), good in zip(looks, finite, strict=True):
+        if not good:
+            raise UnusableActivations(
+                f"At the FFN {name!r} the {words} hold NaN or infinite values (sequences {first} to {last}). Check the "
+                "model in this dtype, and the batch."
+            )
 
 
 def _positions(network: Network, batch: Batch) -> Positions:

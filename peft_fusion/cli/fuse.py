@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from enum import Enum
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Annotated, Any
 
+import torch
 import typer
 from peft import get_peft_model
 
 from ..calibrate import calibrate as calibrate_model
 from ..distill import distill as distill_model
-from ..export import Exported, export
+from ..export import Exported, export, export_fused, fused_by_itself
 from ..export.folder import check_free
+from ..ffn import find_all
 from ..fusing.methods import METHODS
 from ..observe.own_inputs import OWN_LENGTH
 from ..tuner.config import ALLOCATIONS, FusionConfig
-from .models import load_adapter, load_model, load_tokenizer, text_batches
+from .models import check_length, load_adapter, load_model, load_tokenizer, model_on_meta, text_batches
 from .options import Check, Dtype, Json, Length, Original, Out, Overwrite, Precision, Trust, layer_numbers, show
 
 Allocation = Enum("Allocation", {name: name for name in ALLOCATIONS}, type=str)  # type: ignore[misc]
@@ -49,6 +53,12 @@ def fuse(
     method: Annotated[Method, typer.Option(help="How narrow FFNs are made.")] = Method.fusion,  # type: ignore[attr-defined]
     seed: int = 0,
     dtype: Dtype = Precision.auto,
+    offload: Annotated[
+        bool,
+        typer.Option(
+            "--offload", help="Leave weights on disk until they are needed; without --calibrate and --distill: always."
+        ),
+    ] = False,
     overwrite: Overwrite = False,
     check: Check = True,
     trust: Trust = False,
@@ -57,7 +67,7 @@ def fuse(
     """Makes a model's FFNs narrower, and writes a plain model with tokenizer and card.
 
     One width for all layers gives a checkpoint that loads everywhere; with --layers widths differ, and the result is
-    loaded by trust_remote_code=True.
+    loaded by trust_remote_code=True. By weights alone it works FFN by FFN, in less memory than the model takes.
 
     Example: peft-fusion fuse HuggingFaceTB/SmolLM2-135M small --ratio 0.5 --layers 14-29 --calibrate own
     """
@@ -71,19 +81,41 @@ def fuse(
     }
     config = FusionConfig(**settings)
     check_free(out.absolute(), overwrite)
+    if calibrate is None and sequences is not None:
+        raise ValueError(f"--sequences {sequences} is of --calibrate, which is not given. Add it, or leave this out.")
     file = Path(calibrate) if calibrate not in (None, OWN) else None
     if file is not None and not file.is_file():
         raise ValueError(f'--calibrate {file}: no such file. Give a text file, or "{OWN}".')
-    loaded, tokenizer = load_model(model, dtype.value, trust), load_tokenizer(model, needed=False)
-    if calibrate is not None:
-        batches = text_batches(file, model, sequences or 128, length) if file else None
-        calibrate_model(loaded, config, batches, sequences=sequences, length=length)
-    fused = get_peft_model(loaded, config)
-    if distill is not None:
-        data = text_batches(file, model, -(-distill // length), length) if file else None
-        distill_model(fused, data, tokens=distill, seed=seed)
-    done = export(fused, out, tokenizer=tokenizer, overwrite=overwrite, check=check)
+    bare = model_on_meta(model, trust)
+    if calibrate is not None or distill is not None:
+        check_length(bare, length)
+    tokenizer = load_tokenizer(model, needed=False)
+    one_by_one = calibrate is None and distill is None and fused_by_itself(find_all(bare), config)
+    away = None
+    with ExitStack() as stack:
+        if offload or (one_by_one and not torch.cuda.is_available()):
+            away = Path(
+                stack.enter_context(TemporaryDirectory(prefix=f".{out.name}.offloaded-", dir=_made(out.parent)))
+            )
+        loaded = load_model(model, dtype.value, trust, away)
+        if one_by_one:
+            done = export_fused(loaded, config, out, tokenizer=tokenizer, overwrite=overwrite, check=check)
+        else:
+            if calibrate is not None:
+                batches = text_batches(file, model, sequences or 128, length) if file else None
+                calibrate_model(loaded, config, batches, sequences=sequences, length=length)
+            fused = get_peft_model(loaded, config)
+            if distill is not None:
+                data = text_batches(file, model, -(-distill // length), length) if file else None
+                distill_model(fused, data, tokens=distill, seed=seed)
+            done = export(fused, out, tokenizer=tokenizer, overwrite=overwrite, check=check)
     show(done, summary(done), json)
+
+
+def _made(folder: Path) -> Path:
+    """A folder, made if need be."""
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
 
 
 def export_adapter(

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from ..observe.shared_layers import SharedLayers
@@ -54,6 +55,14 @@ class Distillation(Trainer):
             return self._predictions.of(self._teacher, inputs)
         with original_shown(unwrapped(model)):
             return self._predictions.of(model, inputs)
+
+    def get_eval_dataloader(self, *given: Any) -> DataLoader:
+        """Every held-out sequence counts, also where training drops batches that are not full."""
+        dropped, self.args.dataloader_drop_last = self.args.dataloader_drop_last, False
+        try:
+            return super().get_eval_dataloader(*given)
+        finally:
+            self.args.dataloader_drop_last = dropped
 
     def prediction_step(
         self, model: nn.Module, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: Any = None

@@ -8,50 +8,23 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from torch import nn
-from transformers import AutoTokenizer, PreTrainedModel
+from transformers import AutoTokenizer
 
-from ..ffn import find_all, parameters_of, state_widths
 from ..observe.batches import Batch
 from ..observe.unwrap import unwrapped
-from ..tuner.config import FusionConfig
-from .card import Made, card
-from .check import check_reload, outputs_to_match, random_batch, tolerance
-from .folder import check_free, written_whole
-from .form import CheckpointForm
+from .check import outputs_to_match, random_batch
+from .folder import check_free
+from .fused import export_fused, fused_by_itself
 from .hub import check_upload, upload
 from .merged import active_configs, check_mergeable, merged_copy, merged_widths
+from .written import Exported, checked_form, made_of, write_checked
 
-__all__ = ["Exported", "export"]
-
-
-@dataclass(frozen=True)
-class Exported:
-    """What `export` wrote.
-
-    Args:
-        directory: where.
-        loaded_by: the class of transformers that loads it.
-        needs_code: whether that takes `trust_remote_code=True`, for widths differ.
-        widths: name of every FFN that adapters narrowed -> its neurons before and now.
-        parameters: before and now.
-        size: bytes of its weights.
-        difference: by how much its outputs differ from the fused model's, of their norm; None if not checked.
-        repository: its id on the Hub; None if it was not uploaded.
-    """
-
-    directory: str
-    loaded_by: str
-    needs_code: bool
-    widths: dict[str, tuple[int, int]]
-    parameters: tuple[int, int]
-    size: int
-    difference: float | None
-    repository: str | None = None
+__all__ = ["Exported", "export", "export_fused", "fused_by_itself"]
 
 
 def export(
@@ -112,30 +85,19 @@ def export(
     if push_to_hub is not None:
         check_upload(push_to_hub, token)
     widths = merged_widths(host)
-    stated = state_widths(host, {name: now for name, (_, now) in widths.items()})
-    form = CheckpointForm.of(host, stated)
-    form.check({name: now for name, (_, now) in widths.items()})
+    form = checked_form(host, {name: now for name, (_, now) in widths.items()})
     tokenizer = _tokenizer_of(host) if tokenizer is True else tokenizer
     if tokenizer is not None and not hasattr(tokenizer, "save_pretrained"):
         raise ValueError(f"`tokenizer` must be a tokenizer, a processor, True or None, but got {tokenizer!r}.")
     batch = check if isinstance(check, Mapping) else random_batch(host) if check else None
     expected = None if batch is None else outputs_to_match(host, batch)
     merged = merged_copy(host)
-    made = _made(host, merged, form, widths, tokenizer is not None, str(fidelity))
-    difference = None
-    with written_whole(target) as folder:
-        form.write(merged, folder, max_shard_size)
-        if tokenizer is not None:
-            tokenizer.save_pretrained(folder)
-        (folder / "README.md").write_text(card(made, target.name, push_to_hub or "."), encoding="utf-8")
-        if batch is not None and expected is not None:
-            difference = check_reload(folder, form.loaded_by, batch, expected, tolerance(merged))
-        size = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
-    repository = None
-    if push_to_hub is not None:
-        repository = upload(target, push_to_hub, private=private, token=token, message=commit_message)
-    return Exported(
-        str(target), form.loaded_by, form.needs_code, dict(made.widths), made.parameters, size, difference, repository
+    made = made_of(host, merged, form, widths, active_configs(host), tokenizer is not None, str(fidelity))
+    written = write_checked(target, form, merged, made, tokenizer, max_shard_size, push_to_hub or ".", batch, expected)
+    if push_to_hub is None:
+        return written
+    return replace(
+        written, repository=upload(target, push_to_hub, private=private, token=token, message=commit_message)
     )
 
 
@@ -155,32 +117,3 @@ def _tokenizer_of(host: Any) -> Any:
             "`tokenizer=AutoTokenizer.from_pretrained(...)`."
         ) from error
     raise ValueError("The model does not know where it was loaded from. Pass a tokenizer instead of `tokenizer=True`.")
-
-
-def _made(
-    host: Any,
-    merged: PreTrainedModel,
-    form: CheckpointForm,
-    widths: Mapping[str, tuple[int, int]],
-    tokenizer: bool,
-    fidelity: str,
-) -> Made:
-    """What there is to tell of the model."""
-    adapters = active_configs(host)
-    now = sum(parameter.numel() for parameter in merged.parameters())
-    narrowed = [(ffn, widths[ffn.name][1]) for ffn in find_all(host)]
-    grown = sum(parameters_of(ffn) - parameters_of(ffn, width) for ffn, width in narrowed)
-    origin = str(getattr(host.config, "_name_or_path", "") or "")
-    local = os.path.exists(origin)  # where it lies on this machine is of no use elsewhere, and no one's business
-    return Made(
-        base=Path(origin).name if local else origin,
-        on_hub=bool(origin) and not local,
-        kind=form.loaded_by,
-        mixed=form.needs_code,
-        widths={name: both for name, both in widths.items() if both[0] != both[1]},
-        parameters=(now + grown, now),
-        configs=[config for config in adapters if isinstance(config, FusionConfig)],
-        others=sorted(str(config.peft_type.value) for config in adapters if not isinstance(config, FusionConfig)),
-        tokenizer=tokenizer,
-        fidelity=fidelity,
-    )

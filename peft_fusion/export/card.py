@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from ..tuner.card import PAPER, TAG, how_made, widths_table
 from ..tuner.config import FusionConfig
 
 CARD = """---
@@ -14,7 +15,7 @@ CARD = """---
 # {title}
 
 {what} Its feed-forward networks (FFNs) were made narrower by MLP Fusion
-([paper](https://arxiv.org/abs/2307.08941)), by the package peft-fusion; it needs neither that nor PEFT.
+([paper]({paper})), by the package peft-fusion; it needs neither that nor PEFT.
 
 ## Loading
 
@@ -26,8 +27,6 @@ CARD = """---
 
 ## What was made narrower
 
-| FFN | neurons before | now |
-|---|--:|--:|
 {widths}
 
 Parameters: {before:,} before, {now:,} now ({share:.1%}).
@@ -79,18 +78,18 @@ def card(made: Made, title: str, place: str = ".") -> str:
         title: the model's name.
         place: where it is loaded from: its Hub id, or the folder that the card is in.
     """
-    metadata = ["library_name: transformers", "tags:", "- peft-fusion"]
+    metadata = ["library_name: transformers", "tags:", f"- {TAG}"]
     if made.on_hub:
         metadata += [f"base_model: {made.base}"]
     before, now = made.parameters
-    rows = "\n".join(f"| `{name}` | {wide} | {narrow} |" for name, (wide, narrow) in made.widths.items())
     return CARD.format(
         metadata="\n".join(metadata),
         title=title,
+        paper=PAPER,
         what=f"A smaller `{made.base}`." if made.base else "A smaller model.",
         loading=_loading(made, place),
         note=MIXED if made.mixed else STOCK,
-        widths=rows or "| (not recorded: the model was narrow already) | | |",
+        widths=widths_table(made.widths) if made.widths else "Not recorded: the model was narrow already.",
         before=before,
         now=now,
         share=now / before,
@@ -112,11 +111,6 @@ def _loading(made: Made, place: str) -> str:
 
 def _method(made: Made) -> str:
     """What is recorded of the adapters that were merged."""
-    lines = []
-    for config in made.configs:
-        recorded = {name: value for name, value in (config.fused_by or {}).items() if value}
-        calibration = recorded.pop("calibration", "")
-        lines += [f"- {name}: {value}" for name, value in recorded.items()]
-        lines.append(f"- calibrated on: {calibration or 'nothing (made of the weights alone)'}")
+    lines = [how_made(config.fused_by or {}) for config in made.configs]
     lines += [f"- merged as well: {kind}" for kind in made.others]
     return "\n".join(["", *lines, ""]) if lines else "\nNot recorded: the model had no fusion adapter any more.\n"

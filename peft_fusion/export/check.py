@@ -70,7 +70,9 @@ def tolerance(model: nn.Module) -> float:
     return max(1e-4, 8 * max(torch.finfo(p.dtype).eps for p in model.parameters() if p.is_floating_point()))
 
 
-def check_reload(folder: Path, kind: str, batch: Batch, expected: Tensor, allowed: float) -> float:
+def check_reload(
+    folder: Path, kind: str, batch: Batch, expected: Tensor, allowed: float, on_disk: bool = False
+) -> float:
     """Loads a checkpoint in a fresh process, and compares.
 
     Args:
@@ -79,6 +81,7 @@ def check_reload(folder: Path, kind: str, batch: Batch, expected: Tensor, allowe
         batch: the model's inputs, tensors.
         expected: what it is to put out.
         allowed: by how much it may differ, as a fraction of the outputs' norm.
+        on_disk: whether its weights are to stay there while it computes, for memory may not hold them.
 
     Returns:
         By how much it differs.
@@ -86,7 +89,7 @@ def check_reload(folder: Path, kind: str, batch: Batch, expected: Tensor, allowe
     Raises:
         RuntimeError: if it cannot be loaded, tensors are missing or too many, or outputs differ by more.
     """
-    (found, misfits), *_ = reloaded([(folder, kind, batch)])
+    (found, misfits), *_ = reloaded([(folder, kind, batch)], on_disk)
     if misfits:
         raise RuntimeError(f"The exported model was loaded, but {misfits}. Nothing was left at the directory.")
     error = float((found - expected).norm() / expected.norm()) if found.shape == expected.shape else float("nan")
@@ -99,11 +102,12 @@ def check_reload(folder: Path, kind: str, batch: Batch, expected: Tensor, allowe
     return error
 
 
-def reloaded(jobs: list[tuple[Path, str, Batch]]) -> list[tuple[Tensor, dict[str, Any]]]:
+def reloaded(jobs: list[tuple[Path, str, Batch]], on_disk: bool = False) -> list[tuple[Tensor, dict[str, Any]]]:
     """Loads checkpoints in a fresh process, in which neither this package nor PEFT can be imported, and runs them.
 
     Args:
         jobs: for each the folder, the class to load it by, and its inputs.
+        on_disk: whether weights stay there.
 
     Returns:
         For each what it puts out, and what did not fit in loading.
@@ -116,7 +120,8 @@ def reloaded(jobs: list[tuple[Path, str, Batch]]) -> list[tuple[Tensor, dict[str
         for number, (folder, kind, batch) in enumerate(jobs):
             files = {name: str(Path(scratch, f"{name}-{number}.safetensors")) for name in ("inputs", "outputs")}
             save_file({key: value.cpu().contiguous() for key, value in _tensors(batch).items()}, files["inputs"])
-            told.append({"directory": str(folder), "kind": kind, **files})
+            away = str(Path(scratch, f"away-{number}")) if on_disk else ""
+            told.append({"directory": str(folder), "kind": kind, **files, "away": away})
         environment = {**os.environ, "HF_MODULES_CACHE": str(Path(scratch, "modules")), "HF_HUB_OFFLINE": "1"}
         text = Path(__file__).with_name("reload.py").read_text(encoding="utf-8")
         command = [sys.executable, "-c", text, json.dumps(told)]

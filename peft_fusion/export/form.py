@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,8 +36,7 @@ class CheckpointForm:
     def of(cls, host: Any, stated: StatedWidths) -> CheckpointForm:
         """The form that a model's checkpoint takes."""
         config = stock_config(host)
-        for (place, attribute), width in stated.values.items():
-            setattr(getattr(config, place) if place else config, attribute, width)
+        stated.apply(config)
         kinds = auto_classes(stated.stock, config.model_type)
         text, autos = "", {}
         if stated.lists:
@@ -85,7 +85,9 @@ class CheckpointForm:
         """Writes weights, configs and, where there is one, the modelling file."""
         self.stated.apply(merged.config)
         # A class of another name is loaded under the names that its own modules have, not those of old checkpoints.
-        merged.save_pretrained(folder, max_shard_size=max_shard_size, save_original_format=not self.text)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Attempting to save a model with offloaded modules")  # names a wrong size
+            merged.save_pretrained(folder, max_shard_size=max_shard_size, save_original_format=not self.text)
         path = folder / CONFIG
         told = self.states(json.loads(path.read_text(encoding="utf-8")))
         path.write_text(json.dumps(told, indent=2) + "\n", encoding="utf-8")

@@ -5,16 +5,18 @@ from __future__ import annotations
 import copy
 from typing import Any
 
+import torch
 from peft import PeftConfig
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
 
-from ..ffn import AnyFFN, base_of, features, find_all, is_quantised, restore, stock_class, stock_config
+from ..ffn import AnyFFN, base_of, dense_parameter, features, find_all, is_quantised, restore, stock_class, stock_config
 from ..tuner.experts import ExpertsLayer, NarrowExperts
 from ..tuner.layer import FusionLayer
 from ..tuner.narrow import NarrowOutProjection
+from .offloaded import fetch, fetched_in_saving, without_weights
 
 LEFT_OUT = ("_hf_peft_config_loaded", "peft_config", "hf_quantizer", "is_quantized", "quantization_method")
 """What marks a model as one with adapters, or as quantised (a gguf file's stays so once its weights are plain)."""
@@ -45,7 +47,7 @@ def check_mergeable(host: nn.Module) -> None:
 
 
 def _check_weights(host: nn.Module) -> None:
-    """Refuses weights that are not plain tensors in this process.
+    """Refuses weights that are neither plain tensors in this process nor fetched by accelerate's hooks.
 
     Raises:
         ValueError: naming one.
@@ -62,11 +64,11 @@ def _check_weights(host: nn.Module) -> None:
                 f"`{name}` is sharded over processes ({type(tensor).__name__}). Save the adapter, load it in a single "
                 "process, and export that."
             )
-        if tensor.is_meta:
-            raise ValueError(
-                f"`{name}` has no weights in memory (it is on the meta device, or offloaded by a device map). Load the "
-                'model whole, say with `device_map="cpu"`, and export that.'
-            )
+    if empty := without_weights(host):
+        raise ValueError(
+            f"`{empty}` has no weights: it is on the meta device, and no hook of accelerate's fetches it. Load the "
+            "model with `from_pretrained`, and export that."
+        )
 
 
 def merged_widths(host: nn.Module) -> dict[str, tuple[int, int]]:
@@ -99,10 +101,11 @@ def merged_copy(host: PreTrainedModel) -> PreTrainedModel:
     """
     copied: Any = _plain(_structure(host, {}))
     copied.__class__, copied.config = stock_class(host), stock_config(host)
-    for name in LEFT_OUT + ("hf_device_map",):
+    for name in LEFT_OUT:
         vars(copied).pop(name, None)
     if hasattr(copied.config, "quantization_config"):
         del copied.config.quantization_config
+    fetched_in_saving(copied)
     _untie(copied)
     return copied
 
@@ -153,11 +156,14 @@ def _without_adapter(layer: Any) -> nn.Module:
         restore(base)
         return base
     active: list[str] = layer.active_adapters  # type: ignore[assignment]
-    return layer.plain(next(name for name in active if name in layer.mlp_fusion_narrow))
+    name = next(name for name in active if name in layer.mlp_fusion_narrow)
+    fetch(layer.mlp_fusion_narrow[name])
+    return layer.plain(name)
 
 
 def own_weights(layer: nn.Module) -> None:
     """Gives what lies beneath an adapter of another method weights of its own, for that merges in place."""
+    fetch(layer)
     for module in base_of(layer).modules():
         for name, parameter in module._parameters.items():
             if parameter is not None:
@@ -173,6 +179,16 @@ def _untie(model: Any) -> None:
         into, out = model.get_input_embeddings(), model.get_output_embeddings()
     except (NotImplementedError, AttributeError):
         return
-    if out is not None and out.weight is not into.weight:
+    if out is None or out.weight is into.weight:
+        return
+    if (into.weight.is_meta or out.weight.is_meta) and torch.equal(*(_values(module) for module in (into, out))):
+        out.weight = into.weight  # they were parted by being sent elsewhere, each by itself
+    else:
         model.config.tie_word_embeddings = False
         model.all_tied_weights_keys = {}
+
+
+def _values(embedding: nn.Module) -> Tensor:
+    values = dense_parameter(embedding, "weight")
+    assert values is not None
+    return values.cpu()

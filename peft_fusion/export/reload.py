@@ -10,7 +10,7 @@ import sys
 BLOCKED = ("peft_fusion", "peft")
 
 
-def run(directory: str, kind: str, inputs: str, outputs: str) -> dict:
+def run(directory: str, kind: str, inputs: str, outputs: str, away: str = "") -> dict:
     """Loads a checkpoint, and writes what it puts out.
 
     Args:
@@ -18,6 +18,7 @@ def run(directory: str, kind: str, inputs: str, outputs: str) -> dict:
         kind: the class of transformers, or auto class, to load it by.
         inputs: safetensors file of the arguments.
         outputs: safetensors file to write.
+        away: a folder for what cannot stay where it is, if the weights are to stay on disk; "" for memory.
 
     Returns:
         What did not fit in loading; empty where all did.
@@ -26,8 +27,9 @@ def run(directory: str, kind: str, inputs: str, outputs: str) -> dict:
     import transformers
     from safetensors.torch import load_file, save_file
 
+    on_disk = {"device_map": {"": "disk"}, "offload_folder": away} if away else {}
     model, info = getattr(transformers, kind).from_pretrained(
-        directory, trust_remote_code=True, dtype="auto", output_loading_info=True, local_files_only=True
+        directory, trust_remote_code=True, dtype="auto", output_loading_info=True, local_files_only=True, **on_disk
     )
     with torch.no_grad():
         output = model.eval()(**load_file(inputs))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-import torch
 from torch import Tensor
 
 from .activations import Activation
@@ -113,7 +112,7 @@ def _candidates(known: KnownFFN, width: int, recipe: Recipe) -> Iterable[Tensor]
         return
     labels = clusters_of(known, width, recipe).labels
     yield most_salient_of_each(known.saliency, labels, width).sort().values
-    yield eliminate(known.second_moment(torch.float64), known.seen_weight, width)
+    yield eliminate(known.second_moment(), known.seen_weight, width)
     yield most_salient(known.saliency, width)
 
 

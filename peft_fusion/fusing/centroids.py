@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-import torch
 from torch import Tensor
 
 from .activations import Activation, hidden_activations, in_chunks
@@ -68,12 +67,7 @@ class CentroidMoments(MomentSums):
         Args:
             inputs: tensor of shape (tokens, in_dim), what goes into the FFN.
             weights: of the tokens, shape (tokens,), none negative; None: all 1.
-
-        Raises:
-            ValueError: if they are not finite.
         """
-        if not bool(torch.isfinite(inputs).all()):
-            raise ValueError("the inputs hold NaN or infinite values")
         with exact_products(self.gram.device):
             for x, own_weights in in_chunks(inputs.to(self.gram.device), weights):
                 hidden = hidden_activations(self._weights, self._activation, x)

@@ -45,7 +45,7 @@ def errors_at(
         size = (held_out.power + float(held_out.mean_out.square().sum())) * _metric_size(statistics)
         rounds = _rounds(weights.width, widths)
         found = {}
-        for kept in eliminations(known.second_moment(torch.float64), known.seen_weight, rounds):
+        for kept in eliminations(known.second_moment(), known.seen_weight, rounds):
             if len(kept) in widths:
                 found[len(kept)] = size * _refitted_error(known, kept, held_out)
     return found

@@ -60,9 +60,9 @@ class KnownFFN:
         """E[h_i^2] |w2_i|^2, the size of what each neuron puts out."""
         return self.statistics.power.to(self.seen_weight) * self.seen_weight.square().sum(1)
 
-    def second_moment(self, dtype: torch.dtype = torch.float32) -> Tensor:
-        """E[h h^T], shape (neurons, neurons); a new tensor."""
-        return self.statistics.second_moment_in(dtype).to(self.inputs.device)
+    def second_moment(self) -> Tensor:
+        """E[h h^T], float32 of shape (neurons, neurons); a new tensor."""
+        return self.statistics.second_moment.to(self.inputs.device)
 
     def moments_of_kept(self, kept: Tensor) -> Moments:
         """The moments of the FFN of which some neurons are kept: parts of what calibration accumulated.

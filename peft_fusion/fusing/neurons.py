@@ -13,6 +13,9 @@ SHRINKAGE = 3.0
 ROUNDS = 24
 """Rounds in which `eliminate` removes neurons."""
 
+ROWS = 512
+"""Rows of a matrix that are moved at once."""
+
 
 def most_salient(saliency: Tensor, width: int) -> Tensor:
     """The neurons that put out most: the largest E[h_i^2] |w2_i|^2, in their original order.
@@ -52,8 +55,11 @@ def eliminate(second_moment: Tensor, out_weight: Tensor, width: int) -> Tensor:
     the others anew raises the squared error by |w_q|^2 / A_qq (the optimal brain surgeon's rule for a whole
     neuron). Each round removes the cheapest few and brings A and w up to date exactly.
 
+    Float32 will do: the raised diagonal keeps the eigenvalues of what is inverted, at a unit diagonal, above 3/4.
+
     Args:
-        second_moment: E[h h^T], float64 tensor of shape (neurons, neurons); overwritten, as there is no room for two.
+        second_moment: E[h h^T], tensor of shape (neurons, neurons); overwritten, as there is no room for two. It is
+            computed in its dtype.
         out_weight: tensor of shape (neurons, out_dim).
         width: how many neurons are to be left.
 
@@ -70,26 +76,34 @@ def eliminations(second_moment: Tensor, out_weight: Tensor, counts: Iterable[int
     """The neurons that `eliminate` leaves after each of its rounds.
 
     Args:
-        second_moment: E[h h^T], float64 tensor of shape (neurons, neurons); overwritten.
+        second_moment: E[h h^T], tensor of shape (neurons, neurons); overwritten.
         out_weight: tensor of shape (neurons, out_dim).
         counts: how many neurons are left after each round, descending.
 
     Yields:
         int64 tensors of shape (count,): those left, in their original order.
     """
-    inverse, weights = _shrunk_inverse(second_moment), out_weight.to(torch.float64, copy=True)
-    alive = torch.ones(len(inverse), dtype=torch.bool, device=inverse.device)
-    before = len(alive)
+    inverse = _shrunk_inverse(second_moment)
+    weights, left = out_weight.to(inverse.dtype, copy=True), torch.arange(len(inverse), device=inverse.device)
     for remaining in counts:
-        cost = torch.where(alive, weights.square().sum(1) / inverse.diagonal(), torch.inf)
-        dead = cost.argsort(stable=True)[: before - remaining]
-        # inverse[dead, dead]^-1 times the rows of what goes, as the block inverse has it; these rows get 0
+        cost = weights.square().sum(1) / inverse.diagonal()
+        dead = cost.argsort(stable=True)[: len(left) - remaining]
+        # inverse[dead, dead]^-1 times the rows of what goes, as the block inverse has it
         rows = inverse.index_select(0, dead)
         factors = torch.linalg.lu_factor(rows[:, dead])
         weights.addmm_(rows.T, torch.linalg.lu_solve(*factors, weights[dead]), alpha=-1)
         inverse.addmm_(rows.T, torch.linalg.lu_solve(*factors, rows), alpha=-1)
-        alive[dead], before = False, remaining
-        yield alive.nonzero().squeeze(1)
+        kept = torch.ones_like(left, dtype=torch.bool).index_fill_(0, dead, False).nonzero().squeeze(1)
+        inverse, weights, left = _only(kept, inverse), weights[kept], left[kept]
+        yield left
+
+
+def _only(kept: Tensor, matrix: Tensor) -> Tensor:
+    """Some rows and columns of a square matrix, given by ascending numbers, moved to its beginning: no second one."""
+    for start in range(0, len(kept), ROWS):  # what is read lies at or behind what is written
+        rows = matrix.index_select(0, kept[start : start + ROWS])
+        matrix[start : start + len(rows), : len(kept)] = rows.index_select(1, kept)
+    return matrix[: len(kept), : len(kept)]
 
 
 def _shrunk_inverse(moment: Tensor) -> Tensor:

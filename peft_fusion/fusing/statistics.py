@@ -58,12 +58,7 @@ class FFNStatistics:
         Args:
             hidden: tensor of shape (tokens, neurons), what goes into the out-projection.
             weights: of the tokens, shape (tokens,), none negative; None: all 1.
-
-        Raises:
-            ValueError: if they are not finite.
         """
-        if not bool(torch.isfinite(hidden).all()):
-            raise ValueError("the hidden activations hold NaN or infinite values")
         if len(hidden) == 0:
             return
         if self.tokens == 0:
@@ -82,12 +77,7 @@ class FFNStatistics:
         Args:
             inputs: tensor of shape (tokens, in_dim), what goes into the in-projections.
             weights: of the tokens, shape (tokens,), none negative; None: all 1.
-
-        Raises:
-            ValueError: if they are not finite.
         """
-        if not bool(torch.isfinite(inputs).all()):
-            raise ValueError("the inputs hold NaN or infinite values")
         room = self._room - self.held_out_tokens
         if room > 0:
             self._held_out.append(inputs[:room].detach().clone())
@@ -121,18 +111,15 @@ class FFNStatistics:
 
     @property
     def covariance(self) -> Tensor:
-        """E[(h - E h) (h - E h)^T] over the training tokens, shape (neurons, neurons); a new tensor."""
-        return self._covariance(torch.float32)
+        """E[(h - E h) (h - E h)^T] over the training tokens, float32 of shape (neurons, neurons); a new tensor."""
+        offset = self._offset.float()
+        return self.product.div(self.total or 1.0).addr_(offset, offset, alpha=-1)
 
     @property
     def second_moment(self) -> Tensor:
-        """E[h h^T] over the training tokens, shape (neurons, neurons); a new tensor."""
-        return self.second_moment_in(torch.float32)
-
-    def second_moment_in(self, dtype: torch.dtype) -> Tensor:
-        """The second moment in a dtype of at least float32; a new tensor, and nothing else of its size is made."""
-        mean = self.mean.to(dtype)
-        return self._covariance(dtype).addr_(mean, mean)
+        """E[h h^T] over the training tokens, of the same shape; a new tensor, and nothing else of its size is made."""
+        mean = self.mean.float()
+        return self.covariance.addr_(mean, mean)
 
     @property
     def power(self) -> Tensor:
@@ -145,10 +132,6 @@ class FFNStatistics:
         offset = self._offset.float()
         rows = self.product.index_select(0, neurons) / (self.total or 1.0)
         return rows.addr_(offset[neurons], offset, alpha=-1)
-
-    def _covariance(self, dtype: torch.dtype) -> Tensor:
-        offset = self._offset.to(dtype)
-        return self.product.to(dtype, copy=True).div_(self.total or 1.0).addr_(offset, offset, alpha=-1)
 
     @property
     def _offset(self) -> Tensor:

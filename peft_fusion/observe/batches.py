@@ -65,13 +65,22 @@ def unlabelled(batch: Batch, is_encoder_decoder: bool) -> Batch:
 
 
 def shortened(sequence: Batch) -> Batch:
-    """A batch of one text, cut to its first tokens that are not padding; other inputs stay as they are."""
+    """A batch of one text, cut to its first tokens that are not padding; other inputs stay as they are.
+
+    Where it is several texts packed into one, what tells Flash attention where each ends is cut with it.
+    """
     ids, mask = sequence.get("input_ids"), sequence.get("attention_mask")
     if ids is None or ids.dim() != 2:
         return sequence
     start = int(mask[0].argmax()) if mask is not None and mask.shape == ids.shape else 0
     window = slice(start, start + MOST_LENGTH)
-    return {k: v[:, window] if isinstance(v, Tensor) and v.shape == ids.shape else v for k, v in sequence.items()}
+    return {key: _cut(key, value, window, ids.shape) for key, value in sequence.items()}
+
+
+def _cut(name: str, value: Any, window: slice, shape: torch.Size) -> Any:
+    if isinstance(value, Tensor) and value.shape == shape:
+        return value[:, window]
+    return value.clamp(max=window.stop) if name.startswith("cu_seq_lens") else value
 
 
 def token_mask(batch: Batch, decoder: bool) -> Tensor | None:
@@ -116,7 +125,8 @@ class Positions:
     """
 
     def __init__(self, batch: Batch, is_encoder_decoder: bool) -> None:
-        self._masks = {d: token_mask(batch, d) for d in ((False, True) if is_encoder_decoder else (False,))}
+        sides = (False, True) if is_encoder_decoder else (False,)
+        self._masks = {decoder: None if (m := token_mask(batch, decoder)) is None else m.cpu() for decoder in sides}
         self._is_encoder_decoder, self._size = is_encoder_decoder, batch_size(batch)
         self._next: dict[str, int] = {}
 
@@ -129,17 +139,17 @@ class Positions:
 
         Returns:
             For each token, in the order of `activations.reshape(-1, dim)`: whether it is one and not padding, and the
-            number of its sequence in the batch.
+            number of its sequence in the batch. In CPU memory: how many there are is known without waiting.
         """
-        count, device = activations[..., 0].numel(), activations.device
-        sequence = torch.arange(count, device=device) * self._size // max(count, 1)
+        count = activations.shape[:-1].numel()
+        sequence = torch.arange(count) * self._size // max(count, 1)
         mask = self._masks[self._is_encoder_decoder and in_decoder(name)]
-        valid = None if mask is None else self._columns(name, mask.to(device), activations)
+        valid = None if mask is None else self._columns(name, mask, activations)
         return torch.ones_like(sequence, dtype=torch.bool) if valid is None else valid.reshape(-1), sequence
 
     def _columns(self, name: str, mask: Tensor, activations: Tensor) -> Tensor | None:
         """The part of a mask that belongs to this call; None if the shapes do not tell."""
-        if activations[..., 0].numel() == mask.numel():
+        if activations.shape[:-1].numel() == mask.numel():
             return mask
         if activations.dim() != 3 or len(activations) != len(mask) or mask.shape[1] % activations.shape[1]:
             return None

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import zlib
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..progress import progress
 from . import ranks
-from .batches import Batch, padding_mask
+from .batches import Batch, padding_mask, token_mask
 from .gradients import gradients_of_sequence
 from .networks import Network
 from .outputs import main_output, run_whole, speaks
@@ -24,13 +28,17 @@ FFNs F is 41 % off after 64 sequences of 64 tokens, against 68 % after 24 and 26
 
 MAGNIFIED = 16.0
 
+CHUNK = 2**19
+"""Logits whose probabilities are worked out at once."""
+
 
 def fisher_information(network: Network, sequences: Sequence[Batch], seed: int) -> dict[str, Tensor]:
     """F = E[d d^T] of every FFN and every expert over tokens, up to a factor that all of them share.
 
     d is the gradient, by what the FFN puts out at a token, of the log-likelihood of outputs that are drawn from the
     model itself; no labels are needed. Every token counts alike, however long its sequence is. Of several ranks each
-    takes its own sequences, and all get the sum. Memory: the graph of one sequence, and 4 * out_dim ** 2 bytes an FFN.
+    takes its own sequences, and all get the sum, that of one process with all of them. Memory: the graph of one layer
+    over one sequence, its logits twice, and 4 * out_dim ** 2 bytes an FFN.
 
     Args:
         network: the original model in eval mode, and its FFNs.
@@ -63,13 +71,12 @@ def fisher_sums(network: Network, sequences: Sequence[Batch], seed: int) -> dict
     """`fisher_information`, and of how many tokens it is: an expert may get few. Args and errors are the same."""
 
     def add_up() -> dict[str, FisherSum]:
-        generator = torch.Generator().manual_seed(seed + ranks.rank() * 2**20)
         sums: dict[str, FisherSum] = {}
-
-        def likelihood(batch: Batch) -> Tensor:
-            return drawn_likelihood(network, batch, generator)
-
+        met: Counter[int] = Counter()
         for sequence in progress(sequences, "Taking gradients of predictions"):
+            draws = draws_of(sequence, seed, met[key := _key(sequence, seed)])
+            met[key] += 1
+            likelihood = partial(drawn_likelihood, network, generator=draws)
             for name, (_, gradients) in gradients_of_sequence(network, sequence, likelihood, MAGNIFIED).items():
                 d = gradients.float()
                 found = sums.setdefault(name, FisherSum(d.new_zeros(d.shape[1], d.shape[1])))
@@ -82,6 +89,27 @@ def fisher_sums(network: Network, sequences: Sequence[Batch], seed: int) -> dict
         name: FisherSum(ranks.sum_over_ranks(found.product), int(ranks.sum_of(found.tokens)))
         for name, found in sums.items()
     }
+
+
+def draws_of(sequence: Batch, seed: int, repeats: int = 0) -> torch.Generator:
+    """What is drawn for a sequence depends on what it holds, and not on its rank, its padding or the others.
+
+    Args:
+        sequence: a batch of one sequence.
+        seed: of all draws.
+        repeats: how often it came before.
+    """
+    return torch.Generator().manual_seed(_key(sequence, seed) + repeats)
+
+
+def _key(sequence: Batch, seed: int) -> int:
+    """A number for what a sequence holds without its padding."""
+    key, mask = zlib.crc32(str(seed).encode()), token_mask(sequence, decoder=False)
+    for name, value in sorted(sequence.items()):
+        if isinstance(value, Tensor) and not name.endswith("attention_mask"):
+            tokens = value[mask] if mask is not None and value.shape == mask.shape else value
+            key = zlib.crc32(tokens.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes(), key)
+    return key
 
 
 def drawn_likelihood(network: Network, batch: Batch, generator: torch.Generator) -> Tensor:
@@ -110,12 +138,36 @@ def drawn_likelihood(network: Network, batch: Batch, generator: torch.Generator)
 
 
 def _categorical(logits: Tensor, generator: torch.Generator) -> Tensor:
-    """The log-likelihood of a class drawn at every position: maps (..., classes) to (...)."""
-    log_probabilities = logits.log_softmax(-1)
+    """The log-likelihood of a class drawn at every position: maps (..., classes) to (...), differentiable once."""
     uniform = torch.rand(logits.shape[:-1], generator=generator).to(logits)
-    below = log_probabilities.detach().exp().cumsum_(-1) < uniform.unsqueeze(-1)
-    drawn = below.sum(-1).clamp(max=logits.shape[-1] - 1)
-    return log_probabilities.gather(-1, drawn.unsqueeze(-1)).squeeze(-1)
+    likelihood: Tensor = _Categorical.apply(logits, uniform)
+    return likelihood
+
+
+class _Categorical(torch.autograd.Function):
+    """The gradient of log p(drawn) by the logits is 1 at what is drawn, less p. Only that is as large as they are."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, uniform: Tensor) -> Tensor:
+        classes = logits.shape[-1]
+        likelihood = torch.empty_like(uniform)
+        gradient = torch.empty_like(logits, memory_format=torch.contiguous_format)
+        flat = (logits.reshape(-1, classes), uniform.reshape(-1, 1), likelihood.view(-1, 1), gradient.view(-1, classes))
+        parts = (tensor.split(max(1, CHUNK // classes)) for tensor in flat)
+        for x, threshold, found, by_logits in zip(*parts, strict=True):
+            log_probabilities = x.log_softmax(-1)
+            torch.exp(log_probabilities, out=by_logits)
+            drawn = (by_logits.cumsum(-1) < threshold).sum(-1, keepdim=True).clamp_(max=classes - 1)
+            torch.gather(log_probabilities, -1, drawn, out=found)
+            by_logits.neg_().scatter_add_(-1, drawn, torch.ones_like(found))
+        ctx.save_for_backward(gradient)
+        return likelihood
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None]:
+        (gradient,) = ctx.saved_tensors
+        return gradient.mul_(upstream.unsqueeze(-1)), None
 
 
 def _gaussian(mean: Tensor, generator: torch.Generator) -> Tensor:

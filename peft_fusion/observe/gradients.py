@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -10,6 +10,7 @@ from torch import Tensor
 from ..ffn import OneFFN, Routed, capture_each, like_of, networks_of
 from .batches import Batch, shortened, unlabelled
 from .networks import Network, is_out_of_memory
+from .recomputed import Recomputed
 
 Tokens = tuple[Tensor, Tensor]
 """What goes into an FFN, (tokens, in_dim), and the gradients by what it puts out, (tokens, out_dim)."""
@@ -25,6 +26,8 @@ def gradients_of_sequence(
     """What goes into every FFN and every expert, and the gradients by what its out-projection puts out.
 
     What an expert puts out is multiplied by the router's weight afterwards, so that its gradients hold that weight.
+
+    Memory: the graph is that of one layer, and what goes into the others (see `Recomputed`).
 
     Args:
         network: the model in eval mode, and its FFNs.
@@ -43,15 +46,19 @@ def gradients_of_sequence(
     inputs: dict[str, Tensor] = {}
     calls: list[tuple[str, Tensor, Tensor]] = []
 
+    layers = Recomputed.of(network.model)
+
     def note_input(name: str, x: Tensor, routed: Routed | None) -> None:
-        inputs[name] = x
+        inputs[name] = x.detach()
 
     def note_output(name: str, output: Tensor, routed: Routed | None) -> Tensor:
         output = output if output.requires_grad else output.detach().requires_grad_()
-        calls.append((name, inputs.pop(name), output))
+        x = inputs.pop(name)
+        if not layers.again:
+            calls.append((name, x, output))
         return output.clone()  # some models add to it in place
 
-    with torch.enable_grad(), capture_each(network.ffns, inputs=note_input, outputs=note_output):
+    with torch.enable_grad(), layers.running(), capture_each(network.ffns, inputs=note_input, outputs=note_output):
         value = evaluate(batch) * magnified
         gradients = _gradients(value, [output for _, _, output in calls])
     ones = (one for ffn in network.ffns for one in networks_of(ffn))
@@ -59,7 +66,7 @@ def gradients_of_sequence(
     for (name, x, output), gradient in zip(calls, gradients, strict=True):
         d = (torch.zeros_like(output) if gradient is None else gradient).flatten(0, -2)
         acts = (d != 0).any(1)
-        found[name].append((x.detach().flatten(0, -2)[acts].cpu(), d[acts].cpu()))
+        found[name].append((x.flatten(0, -2)[acts].cpu(), d[acts].cpu()))
     return {name: joined(tokens) for name, tokens in found.items()}
 
 
@@ -77,9 +84,17 @@ def _gradients(value: Tensor, outputs: list[Tensor]) -> Sequence[Tensor | None]:
         if is_out_of_memory(error):
             raise
         raise NoGradients(f"{type(error).__name__}: {error}") from error
-    if not all(bool(gradient.isfinite().all()) for gradient in gradients if gradient is not None):
+    if not _finite(gradient for gradient in gradients if gradient is not None):
         raise NoGradients("gradients are not finite")
     return gradients
+
+
+def _finite(tensors: Iterable[Tensor]) -> bool:
+    """Whether all numbers are; each device is waited for once."""
+    found: dict[torch.device, list[Tensor]] = {}
+    for tensor in tensors:
+        found.setdefault(tensor.device, []).append(tensor.isfinite().all())
+    return all(bool(torch.stack(of_device).all()) for of_device in found.values())
 
 
 def _no_tokens(ffn: OneFFN) -> Tokens:

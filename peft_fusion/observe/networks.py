@@ -92,7 +92,8 @@ class Network:
             extra["output_hidden_states"] = True
         if not logits and "logits_to_keep" in accepted and "labels" not in batch:
             extra["logits_to_keep"] = 1
-        inputs = {key: v.to(self.device) if isinstance(v, Tensor) else v for key, v in batch.items()}
+        device = self.device
+        inputs = {k: v.to(device, non_blocking=True) if isinstance(v, Tensor) else v for k, v in batch.items()}
         try:
             return (self.model if through is None else through)(**inputs, **extra)
         except (TypeError, ValueError, LookupError, AttributeError, RuntimeError) as error:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -11,6 +11,7 @@ from typing import Any
 from torch import nn
 
 from ..ffn import watch
+from .forwards import Forward, with_forwards
 from .networks import active_narrow, fusion_layers
 
 
@@ -38,23 +39,17 @@ class SharedLayers:
     @contextmanager
     def skipped(self) -> Iterator[None]:
         """Has all of them give what was noted as long as the block runs, and compute nothing; then forgets it."""
-        own = [vars(layer).get("forward") for layer in self.layers]
         try:
-            for layer in self.layers:
-                vars(layer)["forward"] = self._noted()
-            yield
+            with with_forwards(self.layers, self._noted):
+                yield
         finally:
-            for layer, forward in zip(self.layers, own, strict=True):
-                vars(layer).pop("forward", None)
-                if forward is not None:
-                    vars(layer)["forward"] = forward
             self._output.clear()
 
-    def _noted(self) -> Callable[..., Any]:
-        def forward(*args: Any, **kwargs: Any) -> Any:
+    def _noted(self, layer: nn.Module) -> Forward:
+        def give(*args: Any, **kwargs: Any) -> Any:
             return self._output[0]
 
-        return forward
+        return give
 
 
 def shared_layers(model: nn.Module, training: Sequence[str]) -> SharedLayers:

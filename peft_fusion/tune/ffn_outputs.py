@@ -106,7 +106,8 @@ def _collect_inputs(
 
     def keep(name: str, x: Tensor) -> None:
         valid, _ = positions[-1].of(name, x)
-        kept[name].append(x.reshape(-1, x.shape[-1])[valid])
+        numbers = valid.nonzero().squeeze(1).to(x.device, non_blocking=True)
+        kept[name].append(x.reshape(-1, x.shape[-1]).index_select(0, numbers))
 
     def collect() -> None:
         for batch in dataloader:

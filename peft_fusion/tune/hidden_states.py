@@ -32,7 +32,7 @@ def tune_hidden_states(
     if not narrow:
         raise ValueError("Only a model with an active fusion adapter can be tuned; this one has no fused weights.")
     parameters = [parameter for module in narrow for parameter in module.parameters()]
-    losses: list[float] = []
+    errors: list[Tensor] = []  # on the device: to read one would make the host wait for it at every step
     with _kept_on_failure(parameters):
         adam = torch.optim.Adam(parameters, lr=learning_rate)
         for batch in _in_step(progress(dataloader, "Tuning hidden states"), steps):
@@ -40,9 +40,10 @@ def tune_hidden_states(
             inputs = unlabelled(batch, fused.is_encoder_decoder)
             with original.running(), torch.no_grad(), _precision(accelerator):
                 expected = _hidden_states(original(inputs, hidden_states=True))
-            losses.append(_step(fused, inputs, expected, parameters, adam, accelerator))
-    if not losses:
+            errors.append(_step(fused, inputs, expected, parameters, adam, accelerator))
+    if not errors:
         raise ValueError("The dataloader yields no batch: give one that can be iterated anew, with at least one batch.")
+    losses = torch.stack(errors).tolist()
     tenth = max(1, len(losses) // 10)
     return {"hidden_states": (sum(losses[:tenth]) / tenth, sum(losses[-tenth:]) / tenth)}
 
@@ -82,7 +83,7 @@ def _step(
     parameters: list[nn.Parameter],
     adam: torch.optim.Adam,
     accelerator: Accelerator | None,
-) -> float:
+) -> Tensor:
     """One step of Adam towards the original's hidden states; returns their mean squared error before it."""
     with fused.running():
         for parameter in parameters:
@@ -96,7 +97,7 @@ def _step(
             parameter.grad = None if gradient is None else _mean_over_ranks(gradient, accelerator)
         adam.step()
         adam.zero_grad()
-    return float(loss.detach())
+    return loss.detach()
 
 
 def _mean_over_ranks(gradient: Tensor, accelerator: Accelerator | None) -> Tensor:
@@ -123,8 +124,14 @@ def hidden_state_error(found: list[tuple[Tensor, bool]], expected: list[tuple[Te
     for (ours, decoder), (theirs, _) in zip(found, expected, strict=True):
         difference = (ours.float() - theirs.to(ours.device).float()).square().mean(-1)
         mask = padding_mask(batch, ours.shape, decoder)
-        errors.append(difference.mean() if mask is None else difference[mask.to(ours.device)].mean())
+        errors.append(difference.mean() if mask is None else _mean_of(difference, mask))
     return torch.stack(errors).mean()
+
+
+def _mean_of(values: Tensor, mask: Tensor) -> Tensor:
+    """The mean of those that a mask names; what the others are, NaN say, does not matter."""
+    mask = mask.to(values.device, non_blocking=True)
+    return torch.where(mask, values, 0).sum() / mask.sum()
 
 
 def _hidden_states(output: Any) -> list[tuple[Tensor, bool]]:

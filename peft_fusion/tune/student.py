@@ -130,7 +130,7 @@ def _lessons(student: Student, x: Tensor, y: Tensor, steps: int, seed: int) -> I
     generator = torch.Generator().manual_seed(seed)
     size = max(1, min(BATCH_TOKENS, len(x)) // 2)
     for _ in range(steps):
-        met, near, one, other = torch.randint(0, len(x), (4, size), generator=generator).to(x.device)
+        met, near, one, other = torch.randint(0, len(x), (4, size), generator=generator).to(x.device, non_blocking=True)
         moved = x[near] + NOISE / 2**0.5 * (x[one] - x[other])  # the difference of two has twice their covariance
         yield torch.cat([x[met], moved]), torch.cat([y[met], student.taught(moved)])
 

@@ -47,7 +47,7 @@ def fused_projections(plan: Sequence[AnyPlanned], recipe: Recipe) -> list[list[N
     """
     for planned in plan:
         check_readable(planned)
-    return [_fused(planned, recipe) for planned in progress(plan, "Fusing FFNs")]
+    return [narrow_projections(planned, recipe) for planned in progress(plan, "Fusing FFNs")]
 
 
 def check_readable(planned: AnyPlanned) -> None:
@@ -62,7 +62,8 @@ def check_readable(planned: AnyPlanned) -> None:
         check_finite(read_ffn(planned.ffn), planned.ffn)
 
 
-def _fused(planned: AnyPlanned, recipe: Recipe) -> list[Narrow]:
+def narrow_projections(planned: AnyPlanned, recipe: Recipe) -> list[Narrow]:
+    """The narrow projections of one planned FFN, out-projection last, made of its weights; see `fused_projections`."""
     if isinstance(planned, PlannedExperts):
         return [fused_experts(planned, recipe)]
     weights = read_ffn(planned.ffn)  # one at a time: what is quantised or partitioned is whole while it is read

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import math
+import os
+import tempfile
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from peft import PeftConfig
-from peft.utils import PeftType
+from peft.utils import CONFIG_NAME, PeftType
 
 from ..fusing.kernels import KERNELS
 from ..fusing.methods import METHODS
 from ..fusing.recipe import AUTO, REFITS, REPRESENTATIVES, SCALES
+from .card import fill_card
 
 BASE_WEIGHTS = ("keep", "offload", "discard")
 ALLOCATIONS = ("uniform", "fisher")
@@ -150,13 +154,20 @@ class FusionConfig(PeftConfig):
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
         """Writes `adapter_config.json`, marked as belonging to weights that are already fused.
 
+        It is whole whenever the process is killed: it is written beside its place and renamed. The card that PEFT has
+        put there is filled in.
+
         Args:
             save_directory: the folder to write to.
             kwargs: passed on to `PeftConfig.save_pretrained`.
         """
+        os.makedirs(save_directory, exist_ok=True)
         fused, self.fused = self.fused, True
         try:
-            super().save_pretrained(save_directory, **kwargs)
+            with tempfile.TemporaryDirectory(dir=save_directory, prefix=".adapter-") as beside:
+                super().save_pretrained(beside, **kwargs)
+                os.replace(Path(beside, CONFIG_NAME), Path(save_directory, CONFIG_NAME))
+            fill_card(Path(save_directory), self, self.fused_widths or {}, self.fused_by or {})
         finally:
             self.fused = fused
 

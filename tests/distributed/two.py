@@ -9,13 +9,17 @@ import sys
 from pathlib import Path
 
 
-def run_by_two(script: str, *arguments: str, timeout: int = 240) -> None:
-    """Runs a script beside this file in two processes; fails, with what they printed, if one of them does."""
+def free_port() -> int:
+    """A port that nobody listens to."""
     with socket.socket() as sock:
         sock.bind(("127.0.0.1", 0))
-        port = int(sock.getsockname()[1])
+        return int(sock.getsockname()[1])
+
+
+def run_by_two(script: str, *arguments: str, timeout: int = 240) -> None:
+    """Runs a script beside this file in two processes; fails, with what they printed, if one of them does."""
     command = [sys.executable, str(Path(__file__).parent / script), *arguments]
-    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2"}
+    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": "2"}
     shared |= {"PYTHONPATH": os.pathsep.join(p for p in sys.path if p), "OMP_NUM_THREADS": "1"}
     processes = [
         subprocess.Popen(

@@ -202,7 +202,7 @@ REFUSED = {
     "inactive": (lambda: inactive(fused()), "None of the fusion adapters"),
     "no transformers model": (lambda: torch.nn.Linear(2, 2), "checkpoints of transformers models"),
     "of another class": (lambda: type("Mine", (tf.LlamaForCausalLM,), {})(LLAMA.config()), "no model class of transf"),
-    "meta": (lambda: fused().to("meta"), "no weights in memory"),
+    "meta": (lambda: fused().to("meta"), "has no weights"),
     "encoder longer than decoder": (
         t5_of_two_lengths,
         "num_hidden_layers",

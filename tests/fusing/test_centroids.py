@@ -102,14 +102,6 @@ def test_the_refit_is_least_squares_over_the_tokens(bias, monkeypatch):
             torch.testing.assert_close(found.weights.out_bias, weights.out_bias + expected[-1], rtol=1e-6, atol=1e-8)
 
 
-def test_inputs_that_are_not_finite_are_refused():
-    weights, statistics, recipe = prepared(*KINDS[0])
-    moments = CentroidMoments(weights, cluster_centroids(weights, NARROW, statistics, gelu, recipe), gelu)
-    with pytest.raises(ValueError, match="inputs hold NaN or infinite values"):
-        moments.add_inputs(torch.full((3, DIM), torch.nan))
-    assert moments.tokens == 0
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_half_precision_is_that_of_the_result_only(dtype):
     weights, statistics, recipe = prepared(*KINDS[1])

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from peft_fusion.ffn import find_ffns
 from peft_fusion.observe.batches import single_sequences
-from peft_fusion.observe.fisher import _categorical, _gaussian, fisher_information
+from peft_fusion.observe.fisher import _categorical, _gaussian, draws_of, fisher_information
 from peft_fusion.observe.gradients import NoGradients
 from peft_fusion.observe.networks import Network
 
@@ -42,7 +42,6 @@ def test_the_fisher_information_of_a_gaussian():
 
 def by_hand(model: nn.Module, sequences: list[Tensor], seed: int) -> Tensor:
     """Sum of d d^T for the last FFN of a Llama: draws, log-likelihoods and gradients by plain autograd."""
-    draws = torch.Generator().manual_seed(seed)
     total = torch.zeros(32, 32)
     for ids in sequences:
         kept: list[Tensor] = []
@@ -55,7 +54,7 @@ def by_hand(model: nn.Module, sequences: list[Tensor], seed: int) -> Tensor:
         logits = model(input_ids=ids).logits[0]
         handle.remove()
         probabilities = logits.detach().softmax(-1)
-        uniform = torch.rand(1, len(logits), generator=draws)[0]
+        uniform = torch.rand(1, len(logits), generator=draws_of({"input_ids": ids}, seed))[0]
         drawn = [int((p.cumsum(0) < u).sum()) for p, u in zip(probabilities, uniform, strict=True)]
         nn.functional.cross_entropy(logits, torch.tensor(drawn), reduction="sum").backward()
         for d in kept[0].grad[0]:
@@ -66,6 +65,14 @@ def by_hand(model: nn.Module, sequences: list[Tensor], seed: int) -> Tensor:
 def lengths(*sizes: int) -> list[Tensor]:
     generator = torch.Generator().manual_seed(5)
     return [torch.randint(3, 99, (1, size), generator=generator) for size in sizes]
+
+
+def test_what_is_drawn_depends_on_a_sequence_and_not_on_its_place():
+    model, sequences = BY_NAME["llama"].make(), [{"input_ids": ids} for ids in lengths(7, 7, 7, 7)]
+    found, other = fishers(model, sequences), fishers(model, sequences[::-1])
+    for name, fisher in found.items():
+        torch.testing.assert_close(other[name], fisher, rtol=1e-4, atol=1e-5 * float(fisher.abs().max()))
+    assert not torch.allclose(fishers(model, sequences, seed=1)["model.layers.2.mlp"], fisher, rtol=1e-2)
 
 
 def test_every_token_counts_alike_however_long_its_sequence_is():
@@ -86,7 +93,7 @@ def test_padding_adds_nothing():
         "attention_mask": torch.tensor([[1] * 7 + [0] * 5]),
     }
     found = fishers(model, [padded])["model.layers.2.mlp"]
-    # draws for the padding are taken as well, so that the same uniforms meet the same tokens
+    # draws for the padding are taken as well, behind those for the tokens
     expected = fishers(model, [{"input_ids": ids}])["model.layers.2.mlp"]
     torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4)
 
