@@ -2,7 +2,8 @@
 
 from .between import check_between
 from .capture import Listener, capture, watch
-from .every import AnyFFN, find_all, parameters_of, read_all
+from .config_width import ConfigWidth, config_widths
+from .every import AnyFFN, find_all, list_ffns, parameters_of, read_all
 from .experts import Expert, Experts, find_experts
 from .experts_layout import ExpertsLayout
 from .experts_probe import check_experts
@@ -21,9 +22,10 @@ from .linear import by_projection, check_finite, find_activation, projection_ten
 from .one_by_one import OneFFN, activation_of, capture_each, device_of, like_of, networks_of, read_one
 from .originals import is_away, offload, require_originals, restore
 from .select import Selection, select_ffns, target_widths, with_own_width
-from .stated import MARK, StatedWidths, on_meta, state_widths, stock_class, stock_config
+from .stated import StatedWidths, state_widths
+from .stock import MARK, on_meta, stock_class, stock_config
 from .storage import blank_like, check_can_leave, dense_parameter, fetching_hook, is_quantised, keep_away
-from .width import ConfigWidth, config_widths, width_steps
+from .width import width_steps
 
 __all__ = [
     "FFN",
@@ -71,6 +73,7 @@ __all__ = [
     "is_quantised",
     "keep_away",
     "like_of",
+    "list_ffns",
     "networks_of",
     "offload",
     "on_meta",

@@ -70,6 +70,9 @@ class OnDevice(Tensor):
         made.held = held
         return made
 
+    def tolist(self) -> list[Any]:
+        return self.cpu().tolist()
+
     def __repr__(self, **given: Any) -> str:
         return f"OnDevice({self.held!r})"
 
