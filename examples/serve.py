@@ -5,8 +5,8 @@
     python examples/serve.py HuggingFaceTB/SmolLM2-135M small --engine vllm
 
 Each engine runs each model in a process of its own (common/serve_engines.py). It is said whether an engine generates
-the same tokens as transformers does, and how many a second. llama.cpp reads gguf files: name them by
-`--gguf ORIGINAL EXPORTED` (llama.cpp's `convert_hf_to_gguf.py` makes them of folders with one width).
+the same tokens as transformers does, how many a second, and what memory the process takes at most. llama.cpp reads gguf
+files, which `to_gguf.py` makes of both folders: name them by `--gguf ORIGINAL EXPORTED`.
 """
 
 from __future__ import annotations
@@ -43,8 +43,9 @@ def main() -> None:
             )
             first = expected.setdefault(role, made["tokens"])
             same = sum(a == b for a, b in zip(first, made["tokens"], strict=False))
-            rows.append([engine, role, f"{made['per_second']:.1f}", f"{same} of {len(first)}", made["version"]])
-    print(text_table(["engine", "model", "tokens/s", "as the first engine", "version"], rows))
+            figures = [f"{made['per_second']:.1f}", f"{made['peak_memory']:,.0f}", f"{same} of {len(first)}"]
+            rows.append([engine, role, *figures, made["version"]])
+    print(text_table(["engine", "model", "tokens/s", "peak memory, MB", "as the first engine", "version"], rows))
 
 
 def parse_arguments() -> argparse.Namespace:

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import importlib
 import json
+import os
+import shutil
 import sys
+from importlib.metadata import version
 
 import pytest
 import torch
@@ -66,6 +69,18 @@ def test_layouts(run, base):
     assert found["ffns"][0]["parameters"] == 3 * 32 * 64
 
 
+def test_what_it_will_take(run, base):
+    options = ("layouts", base, "--plan", "--ratio", 0.25)
+    steps = [json.loads(run(*options, "--ffns-per-pass", size, "--json")[1])["steps"] for size in (1, 3)]
+    assert [step["step"] for step in steps[0]] == ["fuse by weights", "calibrate", "train, a step", "distill"]
+    assert all(step["bytes"] > 0 and step["seconds"] > 0 for step in steps[0])
+    one, all_at_once = (found[1] for found in steps)
+    assert all_at_once["bytes"] - one["bytes"] == 2 * 4 * 2 * 1024 * (32 + 32)  # inputs and gradients for the scales
+    narrow = 3 * 3 * 32 * 16
+    assert steps[0][2]["bytes"] == narrow * 4 * (1 + 1 + 2)
+    assert "GB more" in run(*options)[1]
+
+
 def test_fuse_without_data(run, base, tmp_path):
     status, out, _ = run("fuse", base, tmp_path / "small", "--layers", "1-2", "--no-check", "--json")
     told = json.loads(out)
@@ -85,10 +100,18 @@ def test_fuse_after_calibration(run, base, tmp_path, text, inputs):
     assert tf.AutoConfig.from_pretrained(tmp_path / "small").intermediate_size == 24
 
 
+def test_calibrated_from_disk(run, base, tmp_path, text):
+    options = ["--calibrate", text, "--sequences", 8, "--length", 16, "--no-check"]
+    assert run("fuse", base, tmp_path / "memory" / "small", *options)[0] == 0
+    status, _, err = run("fuse", base, tmp_path / "disk" / "small", *options, "--offload")
+    assert status == 0, err
+    assert [path.name for path in (tmp_path / "disk").iterdir()] == ["small"]
+    here, there = (tf.AutoModelForCausalLM.from_pretrained(tmp_path / way / "small") for way in ("memory", "disk"))
+    torch.testing.assert_close(there.state_dict(), here.state_dict(), rtol=1e-4, atol=1e-5)
+
+
 def test_fuse_checks_what_it_wrote(run, base, tmp_path, monkeypatch):
-    monkeypatch.setattr(
-        sys.modules["peft_fusion.export.check"], "reloaded", lambda jobs: [(torch.zeros(1, 16, 99), {})]
-    )
+    monkeypatch.setattr(sys.modules["peft_fusion.export.check"], "reloaded", lambda *_: [(torch.zeros(1, 16, 99), {})])
     status, _, err = run("fuse", base, tmp_path / "small")
     assert status == 1 and "differ from the fused" in err and not (tmp_path / "small").exists()
 
@@ -123,20 +146,33 @@ def test_compare(run, base, tmp_path, text):
 
 
 REFUSED = [
-    (("layouts", "{}/nowhere"), "nowhere"),
+    (("layouts", "{}/nowhere"), "There is no folder"),
     (("fuse", "{base}", "{base}"), "exists already"),
     (("fuse", "{base}", "{}/small", "--ratio", "2"), "`ratio` must be"),
     (("fuse", "{base}", "{}/small", "--layers", "7"), "the targeted FFNs are in layers [0, 1, 2]"),
     (("fuse", "{base}", "{}/small", "--calibrate", "{}/no.txt"), "no such file"),
     (("fuse", "{base}", "{}/small", "--calibrate", "{}/short.txt"), "less than one sequence"),
+    (("fuse", "{base}", "{}/small", "--calibrate", "{}/latin.txt"), "no plain text in UTF-8"),
+    (("fuse", "{base}", "{}/small", "--sequences", "8"), "--calibrate, which is not given"),
+    (("fuse", "{}/damaged", "{}/small"), "a safetensors file is damaged"),
+    (("fuse", "{base}", "{}/small", "--calibrate", "own", "--length", "99999"), "reads at most"),
+    (("compare", "{base}", "{base}", "--length", "99999"), "reads at most"),
+    (("report", "{base}", "--original", "{base}", "--length", "99999"), "reads at most"),
     (("report", "{base}"), "--original"),
-    (("export", "{base}", "{}/small"), "adapter_config.json"),
+    (("export", "{base}", "{}/small"), "so it is no adapter"),
+    (("export", "{}/nameless", "{}/small"), "give it by --base"),
+    (("report", "{}/nameless"), "give it by --original"),
+    (("fuse", "{base}", "{}/short.txt/small"), "nothing can be written in"),
 ]
 
 
 @pytest.mark.parametrize(("arguments", "told"), REFUSED)
 def test_refused_in_one_line(run, base, tmp_path, arguments, told):
     (tmp_path / "short.txt").write_text("1 2 3")
+    (tmp_path / "latin.txt").write_bytes("é".encode("latin-1"))
+    half(LLAMA).save_pretrained(str(tmp_path / "nameless"))
+    shutil.copytree(base, tmp_path / "damaged")
+    os.truncate(tmp_path / "damaged" / "model.safetensors", 5000)
     status, out, err = run(*(str(one).replace("{base}", str(base)).replace("{}", str(tmp_path)) for one in arguments))
     error = [line for line in err.splitlines() if line.startswith("error: ")]
     assert status == 1 and out == "" and len(error) == 1 and told in error[0]
@@ -145,7 +181,13 @@ def test_refused_in_one_line(run, base, tmp_path, arguments, told):
 
 @pytest.mark.parametrize(
     "arguments",
-    [("fuse",), ("fuse", "a", "b", "--layers", "x"), ("fuse", "a", "b", "--method", "magic"), ("frobnicate",)],
+    [
+        ("fuse",),
+        ("fuse", "a", "b", "--layers", "x"),
+        ("fuse", "a", "b", "--layers", "0-99999999999"),
+        ("fuse", "a", "b", "--method", "magic"),
+        ("frobnicate",),
+    ],
 )
 def test_wrong_use_exits_with_2(run, arguments):
     assert run(*arguments)[0] == 2
@@ -170,6 +212,10 @@ def test_memory_is_said_to_be_out(run, base, monkeypatch):
 def test_help_has_an_example(run, command):
     status, out, _ = run(command, "--help")
     assert status == 0 and f"Example: peft-fusion {command}" in " ".join(out.split())
+
+
+def test_version(run):
+    assert run("--version")[:2] == (0, f"peft-fusion {version('peft-fusion')}\n")
 
 
 def test_layers_by_number():

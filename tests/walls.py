@@ -37,7 +37,8 @@ HOOK = re.compile(
 )
 MUTATES = "add append clear discard extend insert pop popitem register remove setdefault sort update".split()  # noqa: SIM905
 
-NAMES = {path for layout in LAYOUTS for path in (*layout.in_projections, layout.out_projection)} - {"ffn"}  # ALBERT's
+TOO_COMMON = {"ffn", "intermediate", "output"}  # as words for other things; ALBERT's and ProphetNet's
+NAMES = {path for layout in LAYOUTS for path in (*layout.in_projections, layout.out_projection)} - TOO_COMMON
 PROJECTION = re.compile(rf"(?<!\w)({'|'.join(map(re.escape, sorted(NAMES)))})(?!\w)")
 
 

@@ -8,21 +8,22 @@ What stays is the narrow FFNs alone. They wait on the model for `get_peft_model`
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
-from ..ffn import require_originals, with_own_width
+from ..ffn import require_originals, width_steps, with_own_width
 from ..fusing.settle import check_calibratable
 from ..observe.batches import Batch
-from ..observe.networks import Network, fusion_layers, routed_experts
+from ..observe.networks import Network, fusion_layers
 from ..observe.own_inputs import OWN_LENGTH
 from ..observe.unwrap import unwrapped
 from ..tuner.config import FusionConfig
 from ..tuner.handover import Calibrated, Fingerprint, hand_over
-from ..tuner.plan import AnyPlanned, PlannedFFN, plan_ffns
+from ..tuner.plan import AnyPlanned, plan_ffns
 from ..tuner.recipe import asked_recipe
 from .in_place import Adapter, adapter_of
 from .inputs import Inputs
@@ -64,6 +65,10 @@ def calibrate(
     forward pass over a batch, and of a backward pass over 64 tokens, layer by layer, with their logits. The batches are
     kept in memory. All of it is freed at the end.
 
+    Of routed experts each is an FFN by itself, which sees only the tokens that are routed to it, by the square of the
+    router's weight; all of a layer get one width, a multiple of 8. An expert with too few tokens takes the metric of
+    all experts of its layer, or is fused by its weights; a warning, and what is recorded of the calibration, say which.
+
     Where torch.distributed is initialised, every rank gives its share of the data (its own `dataloader`), statistics
     and gradients are added up, and all ranks end with the same narrow FFNs.
 
@@ -75,7 +80,8 @@ def calibrate(
         sequences: how many sequences to use at most, on all ranks together; every fourth is held out to choose by.
             None: 128 of the data loader's, or 512 of the model's own.
         length: tokens in each of the model's own sequences.
-        ffns_per_pass: how many FFNs to work on at once: less memory, more passes. None: all of them.
+        ffns_per_pass: how many FFNs to work on at once, all experts of a layer as one: less memory, more passes. None:
+            all of them.
         memory: bytes that all of this may take, on device and host together, instead of `ffns_per_pass`; the
             activations of the passes come on top (see `calibrate.memory`).
         own_text: a `.safetensors` file that the model's own inputs are written to, or read from if it exists.
@@ -103,9 +109,8 @@ def calibrate(
         narrowing = Narrowing(network, plan, inputs, asked_recipe(config), size)
         if config.allocation == "fisher" and adapter is None:
             fixed = with_own_width((p.ffn for p in plan), config.width_pattern)
-            narrowing.allocate(
-                lambda widths: _without_experts(plan_ffns(host, config, widths)), config.multiple_of, fixed
-            )
+            multiple_of = math.lcm(*width_steps(host, [p.ffn for p in plan], config.multiple_of).values())
+            narrowing.allocate(lambda widths: plan_ffns(host, config, widths), multiple_of, fixed)
         narrow = narrowing.narrow_ffns()
     if adapter is None:
         budget = {p.ffn.name: p.width for p in plan} if config.allocation == "fisher" else None
@@ -116,17 +121,12 @@ def calibrate(
 
 def _plan(
     host: nn.Module, config: FusionConfig | None, adapter: Adapter | None
-) -> tuple[list[PlannedFFN], FusionConfig]:
+) -> tuple[list[AnyPlanned], FusionConfig]:
     """What to narrow, by which settings; refuses what cannot be, before any work."""
-    if adapter is not None and routed_experts(host):
-        raise ValueError(
-            f"The adapter {adapter.name!r} narrows routed experts, which cannot be calibrated; they are fused by their "
-            "weights. Calibrate an adapter that leaves them out (`exclude_modules`)."
-        )
     if adapter is not None:
         plan, config = adapter.plan(host), adapter.config
     elif isinstance(config, FusionConfig):
-        plan = _without_experts(plan_ffns(host, config))
+        plan = plan_ffns(host, config)
     else:
         raise TypeError(
             f"`config` must be a `FusionConfig`, but got {type(config).__name__}. Batches go in `dataloader=`; "
@@ -138,17 +138,6 @@ def _plan(
     for layer in fusion_layers(host):
         require_originals(layer.original_layer)
     return plan, config
-
-
-def _without_experts(plan: list[AnyPlanned]) -> list[PlannedFFN]:
-    """Refuses routed experts, of which nothing is collected yet."""
-    for p in plan:
-        if not isinstance(p, PlannedFFN):
-            raise ValueError(
-                f"The routed experts {p.ffn.name!r} cannot be calibrated; they are fused by their weights. Leave them "
-                f"out with `exclude_modules=[{p.ffn.name.rpartition('.')[2]!r}]`, or fuse without calibrating."
-            )
-    return [p for p in plan if isinstance(p, PlannedFFN)]
 
 
 def _check_numbers(**numbers: Any) -> None:

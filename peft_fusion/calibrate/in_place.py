@@ -8,15 +8,16 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from ..ffn import config_widths, find_ffns
+from ..ffn import AnyFFN, config_widths, find_all
 from ..fusing.recipe import Recipe
 from ..fusing.weights import NarrowFFN
 from ..observe.networks import active_narrow, carries_adapter, fusion_layers
-from ..tuner.build import projections_of
+from ..tuner.build import calibrated_projections
 from ..tuner.config import FusionConfig
+from ..tuner.experts import NarrowExperts
 from ..tuner.layer import FusionLayer
-from ..tuner.narrow import NarrowProjection
-from ..tuner.plan import PlannedFFN
+from ..tuner.narrow import Narrow
+from ..tuner.plan import AnyPlanned, planned
 
 
 @dataclass(frozen=True)
@@ -31,27 +32,29 @@ class Adapter:
     name: str
     config: FusionConfig
 
-    def plan(self, host: nn.Module) -> list[PlannedFFN]:
+    def plan(self, host: nn.Module) -> list[AnyPlanned]:
         """The FFNs that the adapter narrows, with the widths they have.
 
         Raises:
             ValueError: if they hold anything but whole narrow weights.
         """
-        found = {ffn: self._width(ffn.projections[-1]) for ffn in find_ffns(host) if carries_adapter(ffn)}
+        found: dict[AnyFFN, int] = {
+            ffn: self._width(ffn.projections[-1]) for ffn in find_all(host) if carries_adapter(ffn)
+        }
         places = config_widths(host, list(found), {ffn.name: width for ffn, width in found.items()})
-        return [PlannedFFN(ffn, width, places[ffn.name]) for ffn, width in found.items()]
+        return [planned(ffn, width, places[ffn.name]) for ffn, width in found.items()]
 
-    def renew(self, plan: Sequence[PlannedFFN], narrow: Mapping[str, NarrowFFN], recipe: Recipe) -> None:
+    def renew(self, plan: Sequence[AnyPlanned], narrow: Mapping[str, NarrowFFN], recipe: Recipe) -> None:
         """Writes narrow weights over the adapter's; if that is interrupted, all are as they were.
 
         Args:
             plan: as `plan` made it.
-            narrow: FFN name -> its new narrow FFN.
+            narrow: name of a dense FFN or of an expert -> its new narrow one.
             recipe: how they were made; recorded in the configuration.
         """
-        fresh: list[tuple[NarrowProjection, NarrowProjection]] = []
+        fresh: list[tuple[Narrow, Narrow]] = []
         for p in plan:
-            made = projections_of(narrow[p.ffn.name], p, recipe)
+            made = calibrated_projections(narrow, p, recipe)
             fresh += zip((self._narrow(layer) for layer in p.ffn.projections), made, strict=True)
         before = [(module, _state(module)) for module, _ in fresh]
         record = self.config.fused_by
@@ -65,20 +68,24 @@ class Adapter:
             self.config.fused_by = record
             raise
 
-    def _narrow(self, layer: nn.Module) -> NarrowProjection:
+    def _narrow(self, layer: nn.Module) -> Narrow:
         assert isinstance(layer, FusionLayer)
         found = layer.mlp_fusion_narrow[self.name]
-        assert isinstance(found, NarrowProjection)
+        assert isinstance(found, Narrow)
         return found
 
     def _width(self, out: nn.Module) -> int:
-        weight = self._narrow(out).weight
-        if weight.dim() != 2 or hasattr(weight, "ds_id") or type(weight.data) is not Tensor:
+        """The width of a narrow FFN, by its out-projection or the module of its experts."""
+        narrow = self._narrow(out)
+        parameters = dict(narrow.named_parameters())
+        sharded = [hasattr(p, "ds_id") or type(p.data) is not Tensor for p in parameters.values()]
+        whole = all(tuple(p.shape) == narrow.shapes[name] for name, p in parameters.items())
+        if any(sharded) or not whole:
             raise ValueError(
                 f"The adapter {self.name!r} is sharded over processes, so its narrow weights cannot be written in "
                 "place. Call `calibrate` before the model is sharded."
             )
-        return int(weight.shape[1])
+        return narrow.width if isinstance(narrow, NarrowExperts) else int(parameters["weight"].shape[1])
 
 
 def adapter_of(host: nn.Module) -> Adapter:
@@ -102,19 +109,20 @@ def adapter_of(host: nn.Module) -> Adapter:
     return Adapter(name, config)
 
 
-def _state(module: NarrowProjection) -> dict[str, Tensor | None]:
-    """Copies of a projection's tensors."""
-    return {
-        name: None if (tensor := getattr(module, name)) is None else tensor.detach().clone()
-        for name in ("weight", "bias", "scale")
-    }
+def _state(module: Narrow) -> dict[str, Tensor | None]:
+    """Copies of the tensors of a projection, or of experts: parameters and scales."""
+    tensors = {**module._parameters, **module._buffers}
+    return {name: None if tensor is None else tensor.detach().clone() for name, tensor in tensors.items()}
 
 
 @torch.no_grad()
-def _write(module: NarrowProjection, state: Mapping[str, Tensor | None]) -> None:
-    """Writes tensors into a projection, whose parameters stay the same objects."""
-    for name in ("weight", "bias"):
-        if (value := state[name]) is not None:
-            getattr(module, name).copy_(value)
-    scale = state["scale"]
-    module.scale = None if scale is None else scale.to(module.weight.device)
+def _write(module: Narrow, state: Mapping[str, Tensor | None]) -> None:
+    """Writes tensors into a projection, or into experts, whose parameters stay the same objects."""
+    for name, parameter in module.named_parameters():
+        value = state[name]
+        assert value is not None
+        parameter.copy_(value)
+    device = next(module.parameters()).device
+    for name in module._buffers:
+        scale = state[name]
+        setattr(module, name, None if scale is None else scale.to(device))

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from ..ffn import FFN, blank_like
+from ..ffn import AnyFFN, OneFFN, like_of, networks_of
 from ..fusing.statistics import SAMPLE_TOKENS
 from .scales import MOST_TOKENS
 
@@ -16,25 +16,32 @@ MATRICES = 3.5
 """Float32 matrices of neurons x neurons that making a narrow FFN takes at most (`tests/fusing/test_memory.py`)."""
 
 
-def held(ffn: FFN) -> int:
-    """Bytes that an FFN of a group takes: its statistics with the Fisher information, later inputs and gradients."""
-    size = blank_like(ffn.base_projections[-1]).element_size()
-    statistics = 4 * (ffn.width**2 + ffn.out_dim**2) + size * SAMPLE_TOKENS * ffn.in_dim
-    return max(statistics, 2 * size * MOST_TOKENS * (ffn.in_dim + ffn.out_dim))
+def held(ffn: AnyFFN) -> int:
+    """Bytes that an FFN of a group takes: its statistics with the Fisher information, later inputs and gradients.
+
+    Every expert of a layer has its own.
+    """
+    return sum(map(_held_of_one, networks_of(ffn)))
 
 
-def making(ffn: FFN) -> int:
+def _held_of_one(one: OneFFN) -> int:
+    size = like_of(one).element_size()
+    statistics = 4 * (one.width**2 + one.out_dim**2) + size * SAMPLE_TOKENS * one.in_dim
+    return max(statistics, 2 * size * MOST_TOKENS * (one.in_dim + one.out_dim))
+
+
+def making(ffn: AnyFFN) -> int:
     """Bytes that making one narrow FFN takes beyond its statistics: matrices, and its projections in float32."""
     return int(4 * (MATRICES * ffn.width**2 + 3 * ffn.width * max(ffn.in_dim, ffn.out_dim)))
 
 
-def bound(ffns: Iterable[FFN], size: int) -> int:
+def bound(ffns: Iterable[AnyFFN], size: int) -> int:
     """Bytes that a calibration in groups of so many FFNs takes at most."""
     ffns = sorted(ffns, key=held, reverse=True)
     return sum(map(held, ffns[:size])) + max(map(making, ffns), default=0)
 
 
-def most_at_once(ffns: Iterable[FFN], memory: int) -> int:
+def most_at_once(ffns: Iterable[AnyFFN], memory: int) -> int:
     """How many FFNs to work on at once.
 
     Args:

@@ -4,28 +4,32 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import replace
 
 from torch import Tensor
 
-from ..ffn import check_finite, find_activation, read_ffn
+from ..ffn import activation_of, read_one
 from ..fusing.activations import Activation
 from ..fusing.calibrated import cluster_centroids, fuse_calibrated
 from ..fusing.centroids import CentroidMoments
+from ..fusing.methods import narrow_by
 from ..fusing.recipe import Recipe
 from ..fusing.settle import settle
 from ..fusing.statistics import FFNStatistics
 from ..fusing.weights import FFNWeights, NarrowFFN
 from ..observe import ranks
-from ..observe.fisher import fisher_information
+from ..observe.fisher import fisher_sums
 from ..observe.gradients import NoGradients
 from ..observe.networks import Network
-from ..tuner.build import whole
-from ..tuner.plan import PlannedFFN
-from .budget import budgeted_widths, measured_errors
+from ..tuner.build import check_readable, whole
+from ..tuner.plan import AnyPlanned
+from .budget import added_up, budgeted_widths, measured_errors
 from .collect import collect, collect_centroids
 from .inputs import Inputs
+from .pieces import Piece, pieces_of
 from .scales import fit_scales_of
 from .share import share_errors, share_results
+from .starved import Starved
 
 Known = tuple[FFNWeights, int, FFNStatistics, Activation, Recipe, int | None]
 """What making a narrow FFN, or its centroids, takes."""
@@ -45,25 +49,27 @@ class Narrowing:
         ValueError: if the recipe cannot use a calibration.
     """
 
-    def __init__(self, network: Network, plan: Sequence[PlannedFFN], inputs: Inputs, asked: Recipe, group: int) -> None:
+    def __init__(self, network: Network, plan: Sequence[AnyPlanned], inputs: Inputs, asked: Recipe, group: int) -> None:
         self.network, self.plan, self.inputs, self.asked = network, list(plan), inputs, asked
         self.source = f"{ranks.sum_of(inputs.count):.0f} sequences of {inputs.source}"
         self.recipe = settle(asked, self.source, gradients=True)
         self.size = group
         self._held: dict[str, FFNStatistics] = {}  # what a budget was made of and the narrow FFNs are made of, too
+        self._starved = Starved()
         for p in self.plan:
-            check_finite(read_ffn(p.ffn), p.ffn)
-            find_activation(p.ffn)
+            check_readable(p)
+        for piece in pieces_of(self.plan):
+            activation_of(piece.ffn)
 
     @property
-    def groups(self) -> list[list[PlannedFFN]]:
+    def groups(self) -> list[list[AnyPlanned]]:
         """The FFNs that become narrower, group by group."""
         narrowed = [p for p in self.plan if p.width < p.ffn.width]
         return [narrowed[start : start + self.size] for start in range(0, len(narrowed), self.size)]
 
     def allocate(
-        self, replan: Callable[[Mapping[str, int]], list[PlannedFFN]], multiple_of: int, fixed: Collection[str] = ()
-    ) -> list[PlannedFFN]:
+        self, replan: Callable[[Mapping[str, int]], list[AnyPlanned]], multiple_of: int, fixed: Collection[str] = ()
+    ) -> list[AnyPlanned]:
         """Gives each FFN the width at which a neuron is worth as much as in any other, and leaves out those left whole.
 
         Args:
@@ -80,11 +86,13 @@ class Narrowing:
         errors: dict[str, dict[int, float]] = {}
         for group in self.groups:
             own = self._statistics(group, with_metric=True)
+            kept = {p.ffn.name for p in pieces_of(p for p in group if p.ffn.name in fixed)} | self._starved.by_weights
 
-            def measure(p: PlannedFFN, own: dict[str, FFNStatistics] = own) -> dict[int, float]:
-                return {} if p.ffn.name in fixed else measured_errors(p, own[p.ffn.name], multiple_of)
+            def measure(p: Piece, own: dict[str, FFNStatistics] = own, kept: set[str] = kept) -> dict[int, float]:
+                return {} if p.ffn.name in kept else measured_errors(p, own[p.ffn.name], multiple_of)
 
-            errors |= share_errors(group, measure)
+            found = share_errors(pieces_of(group), measure)
+            errors |= {p.ffn.name: added_up(found[one.ffn.name] for one in pieces_of([p])) for p in group}
             self._held = own if len(self.groups) == ranks.world() == 1 else {}
         widths = budgeted_widths(self.plan, errors, multiple_of)
         if widths:
@@ -93,47 +101,66 @@ class Narrowing:
         return self.plan
 
     def narrow_ffns(self) -> dict[str, NarrowFFN]:
-        """FFN name -> its narrow FFN, its scales fitted; an FFN that is to stay whole is itself."""
-        narrow = {p.ffn.name: whole(p) for p in self.plan if p.width == p.ffn.width}
+        """Name of a dense FFN or an expert -> its narrow one, its scales fitted; what is to stay whole is itself."""
+        narrow = {p.ffn.name: whole(p.ffn) for p in pieces_of(self.plan) if p.width == p.ffn.width}
         for group in self.groups:
             narrow |= self._narrowed(group)
         if self.recipe.scale == "ntk" and self.groups:
             fit_scales_of(self.network, self.groups, narrow, self.inputs, self.recipe.seed + 1)
-        return {p.ffn.name: narrow[p.ffn.name] for p in self.plan}
+        self._tell_of_starved()
+        return {p.ffn.name: narrow[p.ffn.name] for p in pieces_of(self.plan)}
 
-    def _narrowed(self, group: list[PlannedFFN]) -> dict[str, NarrowFFN]:
+    def _narrowed(self, group: list[AnyPlanned]) -> dict[str, NarrowFFN]:
         """The narrow FFNs of a group, with scales that need no gradients; its statistics are freed one by one."""
         own = self._held or self._statistics(group)
         centroids = self._centroids(group, own)
 
-        def fuse(p: PlannedFFN) -> NarrowFFN:
-            return fuse_calibrated(*self._known(p, own.pop(p.ffn.name)), centroids.pop(p.ffn.name, None))
+        def fuse(p: Piece) -> NarrowFFN:
+            statistics = own.pop(p.ffn.name)
+            if p.ffn.name in self._starved.by_weights:
+                return self._by_weights(p)
+            return fuse_calibrated(*self._known(p, statistics), centroids.pop(p.ffn.name, None))
 
-        return share_results(group, fuse, "Fusing FFNs")
+        return share_results(pieces_of(group), fuse, "Fusing FFNs")
 
-    def _statistics(self, group: list[PlannedFFN], with_metric: bool = False) -> dict[str, FFNStatistics]:
+    def _statistics(self, group: list[AnyPlanned], with_metric: bool = False) -> dict[str, FFNStatistics]:
         """What is known of those FFNs of a group that this rank works on, with the metric if anything asks for it."""
         fishers = self._fisher(group, with_metric)
         statistics = collect(self.network.of([p.ffn for p in group]), self.inputs)
         for name, fisher in fishers.items():
             statistics[name].fisher = fisher
-        return {p.ffn.name: statistics[p.ffn.name] for p in ranks.own(group)}
+        self._starved.note((p.ffn for p in pieces_of(group)), statistics)
+        return {p.ffn.name: statistics[p.ffn.name] for p in ranks.own(pieces_of(group))}
 
-    def _centroids(self, group: list[PlannedFFN], statistics: dict[str, FFNStatistics]) -> dict[str, CentroidMoments]:
+    def _centroids(self, group: list[AnyPlanned], statistics: dict[str, FFNStatistics]) -> dict[str, CentroidMoments]:
         """What a group's centroids do on all training tokens, if the recipe refits centroids."""
         if self.recipe.representative != "centroid" or self.recipe.refit == "none":
             return {}
 
-        def cluster(p: PlannedFFN) -> NarrowFFN:
+        def cluster(p: Piece) -> NarrowFFN:
+            if p.ffn.name in self._starved.by_weights:
+                return self._by_weights(p)
             return cluster_centroids(*self._known(p, statistics[p.ffn.name]))
 
         network = self.network.of([p.ffn for p in group])
-        return collect_centroids(network, share_results(group, cluster, "Clustering"), self.inputs)
+        return collect_centroids(network, share_results(pieces_of(group), cluster, "Clustering"), self.inputs)
 
-    def _known(self, p: PlannedFFN, statistics: FFNStatistics) -> Known:
-        return read_ffn(p.ffn), p.width, statistics, find_activation(p.ffn), self.recipe, p.ffn.homogeneity
+    def _known(self, p: Piece, statistics: FFNStatistics) -> Known:
+        return read_one(p.ffn), p.width, statistics, activation_of(p.ffn), self.recipe, p.ffn.homogeneity
 
-    def _fisher(self, group: list[PlannedFFN], with_metric: bool) -> dict[str, Tensor]:
+    def _by_weights(self, p: Piece) -> NarrowFFN:
+        """An expert that saw too few tokens, fused without them."""
+        asked = self.asked
+        recipe = settle(Recipe(asked.method, n_init=asked.n_init, max_iter=asked.max_iter, seed=asked.seed))
+        return narrow_by(read_one(p.ffn), p.width, recipe, p.ffn.homogeneity)
+
+    def _tell_of_starved(self) -> None:
+        """Records, and warns of, experts that saw too few tokens."""
+        if told := self._starved.in_words(self.plan):
+            self.recipe = replace(self.recipe, calibration=f"{self.recipe.calibration}; {told}")
+            warnings.warn(f"{told[:1].upper()}{told[1:]}. More or longer sequences let them see more.", stacklevel=4)
+
+    def _fisher(self, group: list[AnyPlanned], with_metric: bool) -> dict[str, Tensor]:
         """The group's Fisher information, if the recipe or a budget looks at it.
 
         Raises:
@@ -143,7 +170,8 @@ class Narrowing:
             return {}
         try:
             network = self.network.of([p.ffn for p in group])
-            return fisher_information(network, self.inputs.for_the_metric, self.recipe.seed + 2)
+            sums = fisher_sums(network, self.inputs.for_the_metric, self.recipe.seed + 2)
+            return self._starved.metrics(network.ffns, sums)
         except NoGradients as error:
             if with_metric:
                 raise ValueError(

@@ -11,9 +11,10 @@ import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
+import torch
 from torch import Tensor
 
-from ..ffn import FFN, capture, find_activation, read_ffn
+from ..ffn import Routed, activation_of, capture_each, networks_of, read_one
 from ..fusing.activations import run
 from ..fusing.gradient_kernels import TokenGradients, adam_kernels
 from ..fusing.scales import fit_scales
@@ -24,8 +25,9 @@ from ..observe.gradients import NoGradients, Tokens, gradients_of_sequence, join
 from ..observe.networks import Network
 from ..observe.projection import random_projection
 from ..progress import progress
-from ..tuner.plan import PlannedFFN
+from ..tuner.plan import AnyPlanned
 from .inputs import Inputs
+from .pieces import Piece, pieces_of
 from .share import share_results
 
 MOST_TOKENS = 1024
@@ -36,7 +38,7 @@ MAGNIFIED = 1024.0
 
 
 def fit_scales_of(
-    network: Network, groups: Sequence[list[PlannedFFN]], narrow: dict[str, NarrowFFN], inputs: Inputs, seed: int
+    network: Network, groups: Sequence[list[AnyPlanned]], narrow: dict[str, NarrowFFN], inputs: Inputs, seed: int
 ) -> None:
     """Fits the scales of narrow FFNs to the original's tangent kernels; leaves them, with a warning, where it cannot.
 
@@ -47,7 +49,8 @@ def fit_scales_of(
     Args:
         network: the original model, running, and all planned FFNs.
         groups: the FFNs, group by group.
-        narrow: FFN name -> its narrow FFN, with scales that need no gradients; gets the fitted ones.
+        narrow: name of a dense FFN or of an expert -> its narrow one, with scales that need no gradients; gets the
+            fitted ones. What was fused by its weights has no scales that could be fitted, and stays.
         inputs: what the model is calibrated on; the held-out sequences are used.
         seed: of the projection.
     """
@@ -69,25 +72,26 @@ def fit_scales_of(
 
 
 def _fitted(
-    network: Network, group: list[PlannedFFN], narrow: Mapping[str, NarrowFFN], sequences: Sequence[Batch], seed: int
+    network: Network, group: list[AnyPlanned], narrow: Mapping[str, NarrowFFN], sequences: Sequence[Batch], seed: int
 ) -> dict[str, NarrowFFN]:
     """The narrow FFNs of one group with fitted scales."""
     of_group = network.of([p.ffn for p in group])
     originals = _gradients(of_group, sequences, seed)
     used = sequences[: len(next(iter(originals.values())).counts)]
     kernels = {}
-    for p in group:
+    pieces = [p for p in pieces_of(group) if narrow[p.ffn.name].in_scales is not None]
+    for p in pieces:
         tokens = _of_all_ranks(originals.pop(p.ffn.name))
-        kernels[p.ffn.name] = adam_kernels(read_ffn(p.ffn), find_activation(p.ffn), tokens)
+        kernels[p.ffn.name] = adam_kernels(read_one(p.ffn), activation_of(p.ffn), tokens)
     with _in_place(network, narrow):  # all FFNs, not only the group
         found = _gradients(of_group, used, seed, all_of_them=True)
     narrow_tokens = {name: _of_all_ranks(own) for name, own in found.items()}
 
-    def fit(p: PlannedFFN) -> NarrowFFN:
+    def fit(p: Piece) -> NarrowFFN:
         name = p.ffn.name
-        return fit_scales(narrow[name], kernels[name], narrow_tokens[name], find_activation(p.ffn))
+        return fit_scales(narrow[name], kernels[name], narrow_tokens[name], activation_of(p.ffn))
 
-    return share_results(group, fit, "Fitting scales")
+    return share_results(pieces, fit, "Fitting scales")
 
 
 def _gradients(
@@ -101,17 +105,23 @@ def _gradients(
         return function(network(batch), batch)
 
     def take_them() -> dict[str, TokenGradients]:
-        found: dict[str, list[Tokens]] = {ffn.name: [] for ffn in network.ffns}
-        most = 0
+        found: dict[str, list[Tokens]] = {one.name: [] for ffn in network.ffns for one in networks_of(ffn)}
+        most = 0  # tokens of any FFN, one that several experts of a layer get counted once
         for count, sequence in enumerate(progress(sequences, "Taking gradients")):
             if most >= enough and count >= 2 and not all_of_them:
                 break
             for name, tokens in gradients_of_sequence(network, sequence, evaluate, MAGNIFIED).items():
                 found[name].append(tokens)
-            most = max(sum(len(x) for x, _ in tokens) for tokens in found.values())
+            last = {name: tokens[-1][0] for name, tokens in found.items()}
+            most += max(_distinct([last[one.name] for one in networks_of(ffn)]) for ffn in network.ffns)
         return {name: _of_sequences(tokens) for name, tokens in found.items()}
 
     return ranks.together(take_them)
+
+
+def _distinct(inputs: Sequence[Tensor]) -> int:
+    """How many different tokens go into an FFN, or into any of a layer's experts."""
+    return len(inputs[0]) if len(inputs) == 1 else len(torch.cat(list(inputs)).unique(dim=0))
 
 
 def _of_sequences(tokens: Sequence[Tokens]) -> TokenGradients:
@@ -131,13 +141,13 @@ def _of_all_ranks(tokens: TokenGradients) -> TokenGradients:
 def _in_place(network: Network, narrow: Mapping[str, NarrowFFN]) -> Iterator[None]:
     """Every narrow FFN puts out what it does in the place of the original one."""
     inputs: dict[str, Tensor] = {}
-    ffns: dict[str, FFN] = {ffn.name: ffn for ffn in network.ffns}
+    activations = {one.name: activation_of(one) for ffn in network.ffns for one in networks_of(ffn)}
 
-    def note(name: str, x: Tensor) -> None:
+    def note(name: str, x: Tensor, routed: Routed | None) -> None:
         inputs[name] = x
 
-    def replace(name: str, output: Tensor) -> Tensor:
-        return run(narrow[name], find_activation(ffns[name]), inputs.pop(name)).to(output.dtype)
+    def replace(name: str, output: Tensor, routed: Routed | None) -> Tensor:
+        return run(narrow[name], activations[name], inputs.pop(name)).to(output.dtype)
 
-    with capture(network.ffns, inputs=note, outputs=replace):
+    with capture_each(network.ffns, inputs=note, outputs=replace):
         yield

@@ -11,43 +11,39 @@ from ..ffn import device_of
 from ..fusing.weights import FFNWeights, NarrowFFN
 from ..observe import ranks
 from ..progress import progress
-from ..tuner.plan import PlannedFFN
+from .pieces import Piece
 
 
-def share_results(
-    group: Sequence[PlannedFFN], make: Callable[[PlannedFFN], NarrowFFN], description: str
-) -> dict[str, NarrowFFN]:
+def share_results(group: Sequence[Piece], make: Callable[[Piece], NarrowFFN], description: str) -> dict[str, NarrowFFN]:
     """Makes every FFN's narrow one on one of the ranks, and sends it to the others.
 
     Args:
-        group: the FFNs.
+        group: the FFNs, dense ones and experts.
         make: makes a narrow FFN; called for this rank's FFNs only.
         description: of the work, for the progress bar.
 
     Returns:
-        FFN name -> its narrow FFN, the same bits on every rank.
+        Name -> its narrow FFN, the same bits on every rank.
     """
     own = ranks.together(lambda: {p.ffn.name: make(p) for p in progress(ranks.own(group), description)})
     return {p.ffn.name: _sent(own.get(p.ffn.name), ranks.owner(i), p) for i, p in enumerate(group)}
 
 
-def share_errors(
-    group: Sequence[PlannedFFN], measure: Callable[[PlannedFFN], dict[int, float]]
-) -> dict[str, dict[int, float]]:
+def share_errors(group: Sequence[Piece], measure: Callable[[Piece], dict[int, float]]) -> dict[str, dict[int, float]]:
     """Measures every FFN's errors at some widths on one of the ranks, and tells the others.
 
     Args:
-        group: the FFNs.
+        group: the FFNs, dense ones and experts.
         measure: the errors of an FFN, width -> error; called for this rank's FFNs only.
 
     Returns:
-        FFN name -> its errors, the same on every rank.
+        Name -> its errors, the same on every rank.
     """
     own = ranks.together(lambda: {p.ffn.name: measure(p) for p in progress(ranks.own(group), "Measuring widths")})
     return {p.ffn.name: ranks.object_from_rank(ranks.owner(i), own.get(p.ffn.name, {})) for i, p in enumerate(group)}
 
 
-def _sent(narrow: NarrowFFN | None, owner: int, p: PlannedFFN) -> NarrowFFN:
+def _sent(narrow: NarrowFFN | None, owner: int, p: Piece) -> NarrowFFN:
     """A narrow FFN that one rank has made, on all."""
     if ranks.world() == 1:
         assert narrow is not None

@@ -8,8 +8,11 @@ from __future__ import annotations
 
 import os
 import sys
+from importlib.metadata import version
+from typing import Annotated
 
 import typer
+from safetensors import SafetensorError
 from transformers.utils import logging
 
 from ..observe.networks import is_out_of_memory
@@ -38,12 +41,27 @@ app.command("export")(export_adapter)
 app.command()(compare)
 
 
+def _tell_version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"peft-fusion {version('peft-fusion')}")
+        raise typer.Exit
+
+
+@app.callback()
+def _common(
+    _: Annotated[
+        bool, typer.Option("--version", help="Print the version.", callback=_tell_version, is_eager=True)
+    ] = False,
+) -> None:
+    pass
+
+
 def main() -> None:
     """Runs the command line; what is refused is told in one line, and exits with status 1."""
     logging.set_verbosity_error()
     try:
         app()
-    except (ValueError, OSError, RuntimeError, MemoryError, ImportError) as error:
+    except (ValueError, OSError, RuntimeError, MemoryError, ImportError, SafetensorError) as error:
         if os.environ.get(TRACEBACK):
             raise
         sys.exit(f"error: {told(error)}")
@@ -54,4 +72,6 @@ def told(error: BaseException) -> str:
     line = " ".join(str(error).split()) or type(error).__name__
     if is_out_of_memory(error):
         return f"out of memory ({line}). Try --dtype bfloat16, fewer --sequences, or a machine with more."
+    if isinstance(error, SafetensorError):
+        return f"a safetensors file is damaged ({line}). Copy or download the model or adapter again."
     return line

@@ -15,7 +15,7 @@ from ..observe.networks import Network
 from ..observe.outputs import main_output
 from ..observe.own_inputs import OWN_LENGTH
 from ..progress import progress
-from .models import load_model, text_batches
+from .models import check_length, load_model, text_batches
 from .options import Dtype, Json, Length, Original, Precision, Sequences, Text, Trust, show
 
 PROMPT = 8
@@ -40,6 +40,7 @@ def compare(
     rows, outputs = [], []
     for name in (original, exported):
         model = load_model(name, dtype.value, trust)
+        check_length(model, length)
         batches = batches or [_random_tokens(model, sequences, length)]
         row, output = _measured(model, batches, tokens)
         rows.append({"model": name, **row})

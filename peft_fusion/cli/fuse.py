@@ -20,7 +20,7 @@ from ..ffn import find_all
 from ..fusing.methods import METHODS
 from ..observe.own_inputs import OWN_LENGTH
 from ..tuner.config import ALLOCATIONS, FusionConfig
-from .models import load_adapter, load_model, load_tokenizer, model_on_meta, text_batches
+from .models import check_length, load_adapter, load_model, load_tokenizer, model_on_meta, text_batches
 from .options import Check, Dtype, Json, Length, Original, Out, Overwrite, Precision, Trust, layer_numbers, show
 
 Allocation = Enum("Allocation", {name: name for name in ALLOCATIONS}, type=str)  # type: ignore[misc]
@@ -81,13 +81,16 @@ def fuse(
     }
     config = FusionConfig(**settings)
     check_free(out.absolute(), overwrite)
+    if calibrate is None and sequences is not None:
+        raise ValueError(f"--sequences {sequences} is of --calibrate, which is not given. Add it, or leave this out.")
     file = Path(calibrate) if calibrate not in (None, OWN) else None
     if file is not None and not file.is_file():
         raise ValueError(f'--calibrate {file}: no such file. Give a text file, or "{OWN}".')
+    bare = model_on_meta(model, trust)
+    if calibrate is not None or distill is not None:
+        check_length(bare, length)
     tokenizer = load_tokenizer(model, needed=False)
-    one_by_one = (
-        calibrate is None and distill is None and fused_by_itself(find_all(model_on_meta(model, trust)), config)
-    )
+    one_by_one = calibrate is None and distill is None and fused_by_itself(find_all(bare), config)
     away = None
     with ExitStack() as stack:
         if offload or (one_by_one and not torch.cuda.is_available()):

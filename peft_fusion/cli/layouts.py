@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import torch
 import typer
 
-from ..ffn import find_all, parameters_of, unreadable_projections
+from ..ffn import list_ffns, unreadable_projections
 from .models import model_on_meta
 from .options import Json, Trust, show
 from .plan import element_size, operations_a_second, plan
@@ -31,15 +31,7 @@ def layouts(
     Example: peft-fusion layouts HuggingFaceTB/SmolLM2-135M --plan --ratio 0.25
     """
     built = model_on_meta(model, trust)
-    rows: list[dict[str, Any]] = [
-        {
-            "name": ffn.name,
-            "layout": str(ffn.layout),
-            "width": ffn.width,
-            "parameters": parameters_of(ffn),
-        }
-        for ffn in find_all(built)
-    ]
+    rows = list_ffns(built)
     if not rows:
         unread = unreadable_projections(built)
         raise ValueError(

@@ -41,14 +41,16 @@ def load_model(name: str, dtype: str = "auto", trust: bool = False, away: Path |
 def model_on_meta(name: str, trust: bool = False) -> Any:
     """A model without weights: only its config is read."""
     _refuse_adapter(name)
-    kind, config = _loading_class(name, trust), AutoConfig.from_pretrained(name, trust_remote_code=trust)
+    kind, config = _loading_class(name, trust), _config(name, trust)
     with torch.device("meta"):
         if kind.__name__.startswith("AutoModel"):
             return kind.from_config(config, trust_remote_code=trust)
         return kind(config)
 
 
-def load_adapter(adapter: str, base: str | None, dtype: str = "auto", trust: bool = False) -> Any:
+def load_adapter(
+    adapter: str, base: str | None, dtype: str = "auto", trust: bool = False, option: str = "--base"
+) -> Any:
     """A model with an adapter on it.
 
     Args:
@@ -56,13 +58,16 @@ def load_adapter(adapter: str, base: str | None, dtype: str = "auto", trust: boo
         base: the model it belongs to; None: the one that its configuration names.
         dtype: of the model.
         trust: whether to run code that comes with the model.
+        option: by which the command is given a base.
 
     Raises:
         ValueError: if the adapter does not say which model it belongs to, or does not fit it.
     """
+    if Path(adapter).is_dir() and not is_adapter(adapter):
+        raise ValueError(f"{adapter} has no {ADAPTER}, so it is no adapter. `peft-fusion fuse` takes models.")
     base = base or PeftConfig.from_pretrained(adapter).base_model_name_or_path
     if not base:
-        raise ValueError(f"The adapter {adapter} does not name the model that it was made for: give it by --base.")
+        raise ValueError(f"The adapter {adapter} does not name the model that it was made for: give it by {option}.")
     model = PeftModel.from_pretrained(load_model(base, dtype, trust), adapter)
     return model.eval()
 
@@ -102,11 +107,15 @@ def text_batches(file: Path, name: str, sequences: int, length: int) -> list[dic
         length: tokens in each.
 
     Raises:
-        ValueError: if the text is shorter than one sequence.
+        ValueError: if it is no text, or shorter than one sequence.
     """
     tokenizer = load_tokenizer(name)
     assert tokenizer is not None
-    read = file.read_text(encoding="utf-8")[: 32 * sequences * length]  # of the longest of texts a part will do
+    try:
+        text = file.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{file} is no plain text in UTF-8 ({error.reason} at byte {error.start}).") from error
+    read = text[: 32 * sequences * length]  # of the longest of texts a part will do
     ids = tokenizer(read, return_tensors="pt", verbose=False)["input_ids"][0]
     count = min(sequences, len(ids) // length)
     if not count:
@@ -114,14 +123,41 @@ def text_batches(file: Path, name: str, sequences: int, length: int) -> list[dic
     return [{"input_ids": part} for part in ids[: count * length].reshape(count, length).split(BATCH)]
 
 
+def check_length(model: Any, length: int) -> None:
+    """Refuses sequences that are longer than a model was made for.
+
+    Raises:
+        ValueError: naming the most that it reads.
+    """
+    most = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if isinstance(most, int) and length > most:
+        raise ValueError(f"--length {length}: {type(model).__name__} reads at most {most} tokens. Give less.")
+
+
 def _refuse_adapter(name: str) -> None:
     if is_adapter(name):
         raise ValueError(f"{name} is an adapter, not a model. `peft-fusion export {name} OUT` makes a model of it.")
 
 
+def _config(name: str, trust: bool) -> Any:
+    """A model's config.
+
+    Raises:
+        OSError: if there is none, saying that a name that is no folder here was taken for an id.
+    """
+    try:
+        return AutoConfig.from_pretrained(name, trust_remote_code=trust)
+    except OSError as error:
+        if Path(name).exists():
+            raise
+        raise OSError(
+            f"There is no folder {name} here, and as an id on the Hub it could not be loaded: {error}"
+        ) from error
+
+
 def _loading_class(name: str, trust: bool) -> Any:
     """The class of transformers that loads a model with the head that it was saved with."""
-    config = AutoConfig.from_pretrained(name, trust_remote_code=trust)
+    config = _config(name, trust)
     autos = [auto for auto in getattr(config, "auto_map", None) or {} if auto.startswith("AutoModel")]
     if autos and not trust:
         raise ValueError(f"{name} is loaded by code that comes with it. Read that, then pass --trust-remote-code.")

@@ -27,6 +27,10 @@ Sequences = Annotated[int, typer.Option("--sequences", help="Sequences to use.",
 Length = Annotated[int, typer.Option("--length", help="Tokens of a sequence.", min=2)]
 
 
+MOST_LAYERS = 10_000
+"""No model has as many; a slip of the key must not fill the memory."""
+
+
 class Precision(str, Enum):
     """What weights are loaded in."""
 
@@ -56,6 +60,8 @@ def layer_numbers(text: str) -> list[int] | None:
         return None
     try:
         bounds = [[int(bound) for bound in part.split("-", 1)] for part in text.split(",")]
+        if not all(ends[0] <= ends[-1] < MOST_LAYERS for ends in bounds):
+            raise ValueError
     except ValueError:
         raise typer.BadParameter(
             f'{text!r} is neither "all" nor layers such as 3,5,8-11', param_hint="--layers"

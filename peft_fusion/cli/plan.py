@@ -15,7 +15,7 @@ import torch
 
 from ..calibrate.inputs import OWN_SEQUENCES
 from ..calibrate.memory import bound, making
-from ..ffn import FFN, AnyFFN, Experts, find_all, parameters_of
+from ..ffn import AnyFFN, Experts, find_all, networks_of, parameters_of
 from ..fusing.gradient_kernels import BLOCK_MEMORY
 from ..observe.batches import MOST_LENGTH
 from ..observe.fisher import METRIC_SEQUENCES
@@ -60,20 +60,21 @@ def plan(model: Any, ratio: float, ffns_per_pass: int | None, rate: float) -> li
         rate: operations a second, of products in the model's dtype.
 
     Returns:
-        Of fusing by weights (as the command line does, FFN by FFN), calibrating, training and distilling.
+        Of fusing by weights, calibrating, training and distilling. The command line fuses by weights FFN by FFN, and
+        leaves the model's own weights on disk; routed experts are fused in memory.
     """
     ffns, size = find_all(model), element_size(model)
     full = sum(parameter.numel() for parameter in model.parameters())
     trained = sum(parameters_of(ffn, round(ratio * ffn.width)) for ffn in ffns)
     computing = _active(model, ffns, 1.0)
     narrow = _active(model, ffns, ratio)
-    fused = full - sum(map(parameters_of, ffns)) + trained
-    costs = [Cost("fuse by weights", _largest(ffns) + min(SHARD, size * fused), _clustering(ffns) / rate)]
-    dense = [ffn for ffn in ffns if isinstance(ffn, FFN)]
-    if dense:
-        at_once = min(ffns_per_pass or len(dense), len(dense))
-        held = bound(dense, at_once) + _activations(model, dense) + size * trained
-        costs.append(Cost("calibrate", held, _calibrating(dense, ratio, at_once, computing) / rate))
+    work = max(map(making, ffns), default=0)
+    by_itself = not any(isinstance(ffn, Experts) for ffn in ffns)
+    result = min(SHARD, size * (full - sum(map(parameters_of, ffns)) + trained)) if by_itself else size * trained
+    costs = [Cost("fuse by weights", work + result, _clustering(ffns) / rate)]
+    at_once = min(ffns_per_pass or len(ffns), len(ffns))
+    held = bound(ffns, at_once) + _activations(model, ffns) + size * trained
+    costs.append(Cost("calibrate", held, _calibrating(model, ffns, ratio, at_once, computing) / rate))
     states = trained * (size + 2 * size)  # gradients, and two of AdamW
     step = BATCH * (4 * narrow + 2 * trained)
     costs.append(Cost("train, a step", size * trained + states, step / rate))
@@ -105,42 +106,38 @@ def _active(model: Any, ffns: Sequence[AnyFFN], ratio: float) -> float:
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     tied = getattr(model.config, "tie_word_embeddings", False) and head is not None
     used -= 0 if tied else sum(parameter.numel() for parameter in embeddings.parameters())
-    routed = getattr(model.config, "num_experts_per_tok", 1)
     for ffn in ffns:
-        share = routed / ffn.count if isinstance(ffn, Experts) else 1.0
-        used += share * parameters_of(ffn, round(ratio * ffn.width)) - parameters_of(ffn)
+        used += _share(model, ffn) * parameters_of(ffn, round(ratio * ffn.width)) - parameters_of(ffn)
     return used
 
 
-def _largest(ffns: Sequence[AnyFFN]) -> int:
-    return max((making(ffn) for ffn in ffns if isinstance(ffn, FFN)), default=0) or max(
-        (4 * 4 * ffn.width**2 for ffn in ffns), default=0
-    )
+def _share(model: Any, ffn: AnyFFN) -> float:
+    """Of an FFN's networks, the share that a token goes through: of experts those it is routed to."""
+    if not isinstance(ffn, Experts):
+        return 1.0
+    return float(getattr(model.config.get_text_config(), "num_experts_per_tok", 1)) / ffn.count
 
 
 def _clustering(ffns: Sequence[AnyFFN]) -> float:
     """Operations of clustering by weights: half of a Gram matrix of all rows, and the search."""
-    total = 0.0
-    for ffn in ffns:
-        of_each = parameters_of(ffn) // (ffn.count if isinstance(ffn, Experts) else 1)
-        total += (ffn.count if isinstance(ffn, Experts) else 1) * (of_each * ffn.width + CLUSTERING * ffn.width**2)
-    return total
+    return sum(parameters_of(ffn) * ffn.width + len(networks_of(ffn)) * CLUSTERING * ffn.width**2 for ffn in ffns)
 
 
-def _calibrating(ffns: Sequence[FFN], ratio: float, at_once: int, computing: float) -> float:
+def _calibrating(model: Any, ffns: Sequence[AnyFFN], ratio: float, at_once: int, computing: float) -> float:
     """Operations of a calibration on the model's own text, once that is there."""
     groups, tokens = -(-len(ffns) // at_once), OWN_SEQUENCES * OWN_LENGTH
     passes = groups * 2 * computing * (tokens + 4 * METRIC_SEQUENCES * MOST_LENGTH)  # forward, again, and twice back
     of_ffns = 0.0
     for ffn in ffns:
-        n, kept = ffn.width, ratio * ffn.width
-        products = 2 * 0.75 * tokens * n**2 + 2 * n * kept * ffn.out_dim
+        n, kept, count = ffn.width, ratio * ffn.width, len(networks_of(ffn))
+        products = count * _share(model, ffn) * 1.5 * tokens * n**2  # of three tokens in four
         search = ffn.out_dim * n**2 + CLUSTERING * n**2 + ELIMINATION * n**3
-        of_ffns += products + search + 3 * (7 / 3 * kept**3 + 2 * 2 * n * kept * ffn.in_dim)
+        refit = 3 * (7 / 3 * kept**3 + 2 * n * kept * (ffn.out_dim + ffn.in_dim))
+        of_ffns += products + count * (search + refit)
     return passes + of_ffns
 
 
-def _activations(model: Any, ffns: Sequence[FFN]) -> int:
+def _activations(model: Any, ffns: Sequence[AnyFFN]) -> int:
     """Bytes of one layer over a batch, of gradients' blocks, and of logits, twice."""
     layer = max(BATCH * (4 * ffn.width + 8 * ffn.in_dim) for ffn in ffns)
     return element_size(model) * layer + BLOCK_MEMORY + _logits(model) * MOST_LENGTH // BATCH

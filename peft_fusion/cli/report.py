@@ -11,7 +11,7 @@ import typer
 
 from ..fidelity import fidelity
 from ..observe.own_inputs import OWN_LENGTH, own_inputs
-from .models import is_adapter, load_adapter, load_model, text_batches
+from .models import check_length, is_adapter, load_adapter, load_model, text_batches
 from .options import Dtype, Json, Length, Precision, Sequences, Text, Trust, show
 
 
@@ -34,7 +34,7 @@ def report(
     Example: peft-fusion report small --original HuggingFaceTB/SmolLM2-135M --text book.txt
     """
     if is_adapter(model):
-        fused, reference = load_adapter(model, original, dtype.value, trust), None
+        fused, reference = load_adapter(model, original, dtype.value, trust, "--original"), None
         name = fused.get_base_model().config._name_or_path
     elif original is None:
         raise ValueError(
@@ -46,6 +46,7 @@ def report(
             load_model(original, dtype.value, trust),
             original,
         )
+    check_length(fused, length)
     if text:
         batches = text_batches(text, name, sequences, length)
     elif reference is not None:

@@ -24,8 +24,9 @@ def check_free(directory: Path, overwrite: bool) -> None:
         overwrite: whether a model that is there may be replaced.
 
     Raises:
-        ValueError: if it is a file, or a folder that is not empty and may not be replaced.
+        ValueError: if it is a file, or a folder that is not empty and may not be replaced, or none can be made there.
     """
+    _check_writable(directory)
     restore_replaced(directory)
     if not os.path.lexists(directory) or (directory.is_dir() and not any(directory.iterdir())):
         return
@@ -79,6 +80,22 @@ def _put(new: Path, directory: Path) -> None:
 
 def _aside(directory: Path) -> Path:
     return directory.with_name(f".{directory.name}.replaced")
+
+
+def _check_writable(directory: Path) -> None:
+    """Refuses a place beside which no folder can be made, by making one.
+
+    Raises:
+        ValueError: naming the folder above it that is in the way.
+    """
+    above = next(path for path in directory.absolute().parents if os.path.lexists(path))
+    try:
+        os.rmdir(tempfile.mkdtemp(prefix=f".{directory.name}.export-", dir=above))
+    except OSError as error:
+        raise ValueError(
+            f"{directory} cannot be made, for nothing can be written in {above} ({error.strerror}). Name a folder "
+            "elsewhere."
+        ) from error
 
 
 def _make_durable(folder: Path) -> None:

@@ -36,8 +36,7 @@ class CheckpointForm:
     def of(cls, host: Any, stated: StatedWidths) -> CheckpointForm:
         """The form that a model's checkpoint takes."""
         config = stock_config(host)
-        for (place, attribute), width in stated.values.items():
-            setattr(getattr(config, place) if place else config, attribute, width)
+        stated.apply(config)
         kinds = auto_classes(stated.stock, config.model_type)
         text, autos = "", {}
         if stated.lists:

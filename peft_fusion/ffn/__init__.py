@@ -2,8 +2,9 @@
 
 from .between import check_between
 from .capture import Listener, capture, watch
-from .every import AnyFFN, find_all, parameters_of, read_all
-from .experts import Experts, find_experts
+from .config_width import ConfigWidth, config_widths
+from .every import AnyFFN, find_all, list_ffns, parameters_of, read_all
+from .experts import Expert, Experts, find_experts
 from .experts_layout import ExpertsLayout
 from .experts_probe import check_experts
 from .experts_run import ExpertListener, Routed, capture_experts, run_expert
@@ -18,17 +19,20 @@ from .find import FFN, across_neurons, base_of, features, find_ffns, places, unr
 from .layers import LayerList
 from .layouts import LAYOUTS, FFNLayout, register_layout
 from .linear import by_projection, check_finite, find_activation, projection_tensors, read_ffn, run_ffn
+from .one_by_one import OneFFN, activation_of, capture_each, device_of, like_of, networks_of, read_one
 from .originals import is_away, offload, require_originals, restore
 from .select import Selection, select_ffns, target_widths, with_own_width
-from .stated import MARK, StatedWidths, on_meta, state_widths, stock_class, stock_config
-from .storage import blank_like, check_can_leave, dense_parameter, device_of, fetching_hook, is_quantised, keep_away
-from .width import ConfigWidth, config_widths, width_steps
+from .stated import StatedWidths, state_widths
+from .stock import MARK, on_meta, stock_class, stock_config
+from .storage import blank_like, check_can_leave, dense_parameter, fetching_hook, is_quantised, keep_away
+from .width import width_steps
 
 __all__ = [
     "FFN",
     "LAYOUTS",
     "AnyFFN",
     "ConfigWidth",
+    "Expert",
     "ExpertListener",
     "Experts",
     "ExpertsLayout",
@@ -36,14 +40,17 @@ __all__ = [
     "MARK",
     "LayerList",
     "Listener",
+    "OneFFN",
     "Routed",
     "Selection",
     "StatedWidths",
     "across_neurons",
+    "activation_of",
     "base_of",
     "blank_like",
     "by_projection",
     "capture",
+    "capture_each",
     "capture_experts",
     "check_between",
     "check_can_leave",
@@ -58,18 +65,23 @@ __all__ = [
     "features",
     "fetching_hook",
     "find_activation",
+    "find_activation",
     "find_all",
     "find_experts",
     "find_ffns",
     "is_away",
     "is_quantised",
     "keep_away",
+    "like_of",
+    "list_ffns",
+    "networks_of",
     "offload",
     "on_meta",
     "parameters_of",
     "places",
     "projection_tensors",
     "read_all",
+    "read_one",
     "read_experts",
     "read_ffn",
     "register_layout",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 from torch import nn
 
@@ -27,6 +28,14 @@ def find_all(model: nn.Module) -> list[AnyFFN]:
     ffns: list[AnyFFN] = [*find_ffns(model), *find_experts(model)]
     found = {ffn.name: ffn for ffn in ffns}
     return [found[name] for name, _ in model.named_modules() if name in found]
+
+
+def list_ffns(model: nn.Module) -> list[dict[str, Any]]:
+    """The FFNs of any model, on the meta device or not: "name", "layout", "width" and "parameters" of each."""
+    return [
+        {"name": ffn.name, "layout": str(ffn.layout), "width": ffn.width, "parameters": parameters_of(ffn)}
+        for ffn in find_all(model)
+    ]
 
 
 def read_all(ffn: AnyFFN) -> list[FFNWeights]:

@@ -7,7 +7,7 @@ theirs.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -80,6 +80,12 @@ class Experts:
         return self._out_shape[2 if self.layout.transposed else 1]
 
     @property
+    def neuron_parameters(self) -> int:
+        """How many parameters belong to the neurons of one number, one in each expert."""
+        rows = self.layout.outputs(1) * (self.in_dim + self.layout.biased)
+        return self.count * (rows + self.out_dim)
+
+    @property
     def activation(self) -> Callable[[Tensor], Tensor] | None:
         """The activation function, or None if the module has none of its own (gpt-oss)."""
         found = (getattr(self.module, name, None) for name in ACTIVATIONS)
@@ -100,6 +106,44 @@ class Experts:
     @property
     def _out_shape(self) -> tuple[int, ...]:
         return original_shape(self.module, self.layout.out_projection)
+
+
+@dataclass(frozen=True)
+class Expert:
+    """One of the routed experts of a layer, as an FFN by itself.
+
+    Args:
+        experts: all of the layer.
+        index: which of them.
+    """
+
+    experts: Experts
+    index: int
+
+    @property
+    def name(self) -> str:
+        """The name of the experts and, behind a dot, its index."""
+        return f"{self.experts.name}.{self.index}"
+
+    @property
+    def width(self) -> int:
+        """The number of neurons."""
+        return self.experts.width
+
+    @property
+    def in_dim(self) -> int:
+        """The dimension of its inputs."""
+        return self.experts.in_dim
+
+    @property
+    def out_dim(self) -> int:
+        """The dimension of its outputs."""
+        return self.experts.out_dim
+
+    @property
+    def homogeneity(self) -> int | None:
+        """As `Experts.homogeneity`."""
+        return self.experts.homogeneity
 
 
 def find_experts(model: nn.Module) -> list[Experts]:
@@ -140,6 +184,19 @@ def hidden_activations(experts: Experts, put: Tensor) -> Tensor:
         return experts.activation(put)
     first, second = experts.layout.split(put, dim=-1)
     return experts.activation(first) * second
+
+
+def combined(experts: Experts, pieces: Sequence[Tensor]) -> Tensor:
+    """What goes into an expert's out-projection.
+
+    Args:
+        experts: for the code between the projections.
+        pieces: what its in-projection puts out, gate and up by themselves, one or two tensors (tokens, neurons).
+
+    Returns:
+        Tensor of shape (tokens, neurons).
+    """
+    return hidden_activations(experts, experts.layout.join(pieces))
 
 
 def is_linear_in_second(experts: Experts) -> bool:

@@ -56,7 +56,7 @@ class ExpertsLayout:
         return rows.chunk(2, dim)
 
     def join(self, pieces: Sequence[Tensor]) -> Tensor:
-        """What `split` takes apart, for every expert: one or two (experts, neurons, ...) to (experts, outputs, ...)."""
+        """What `split` takes apart along 1: one or two tensors (experts or tokens, neurons, ...), put together."""
         if not self.gated:
             return pieces[0]
         if self.interleaved:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ..fusing.weights import FFNWeights
 from .capture import watch
-from .experts import Experts, hidden_activations
+from .experts import Experts, combined
 from .experts_weights import read_experts
 
 
@@ -22,15 +22,17 @@ class Routed:
     """What one expert is given in one call of its module.
 
     Args:
-        expert: the name of the experts and, behind a dot, the index of this one.
+        name: the name of the experts and, behind a dot, the index of this one.
         tokens: int64 tensor of shape (n,): which of the module's input rows, or for experts that are given tokens of
             their own (Llama 4), which of these.
         weights: tensor of shape (n,): what the router multiplies its outputs by.
+        rows: how many rows there are that it might have been given.
     """
 
-    expert: str
+    name: str
     tokens: Tensor
     weights: Tensor
+    rows: int
 
 
 ExpertListener = Callable[[Routed, Tensor], Tensor | None]
@@ -54,7 +56,7 @@ def capture_experts(
         found: the experts.
         inputs: called with the tokens that an expert is given, shape (n, in_dim).
         hidden: called with what goes into its out-projection, (n, neurons).
-        outputs: called with what it puts out before the router's weight, (n, out_dim).
+        outputs: called with what comes out of its out-projection, before the router's weight, (n, out_dim).
     """
     listeners = (inputs, hidden, outputs)
 
@@ -72,7 +74,11 @@ def capture_experts(
 
 
 def run_expert(
-    experts: Experts, weights: FFNWeights, x: Tensor, hidden: Callable[[Tensor], Tensor] | None = None
+    experts: Experts,
+    weights: FFNWeights,
+    x: Tensor,
+    hidden: Callable[[Tensor], Tensor] | None = None,
+    outputs: Callable[[Tensor], Tensor] | None = None,
 ) -> Tensor:
     """What one expert puts out, before the router's weight.
 
@@ -81,16 +87,18 @@ def run_expert(
         weights: its weights, of any width.
         x: tensor of shape (n, in_dim).
         hidden: maps what goes into its out-projection, (n, neurons), to what goes on; None: the same.
+        outputs: maps what comes out of it, (n, out_dim), likewise.
 
     Returns:
         Tensor of shape (n, out_dim), in the dtype of `x`.
     """
     pairs = zip(weights.in_weights, weights.in_biases, strict=True)
     put = [nn.functional.linear(x, w.to(x), None if b is None else b.to(x)) for w, b in pairs]
-    inside = hidden_activations(experts, experts.layout.join([piece.mT.unsqueeze(0) for piece in put])[0].mT)
+    inside = combined(experts, put)
     inside = inside if hidden is None else hidden(inside)
     bias = None if weights.out_bias is None else weights.out_bias.to(x)
-    return after_projection(experts.module, nn.functional.linear(inside, weights.out_weight.T.to(x), bias))
+    out = nn.functional.linear(inside, weights.out_weight.T.to(x), bias)
+    return after_projection(experts.module, out if outputs is None else outputs(out))
 
 
 def after_projection(module: nn.Module, outputs: Tensor) -> Tensor:
@@ -119,8 +127,11 @@ def _run(experts: Experts, args: tuple[Any, ...], listeners: tuple[ExpertListene
         def inside(hidden: Tensor, routed: Routed = routed) -> Tensor:
             return _or(on_hidden, routed, hidden)
 
+        def outside(out: Tensor, routed: Routed = routed) -> Tensor:
+            return _or(on_outputs, routed, out)
+
         own = _or(on_inputs, routed, shares[index][routed.tokens])
-        out = _or(on_outputs, routed, run_expert(experts, weights, own, inside))
+        out = run_expert(experts, weights, own, inside, outside)
         place = 0 if len(args) > 1 else index
         made[place] = made[place].index_add(0, routed.tokens, (out * routed.weights.unsqueeze(1)).to(made[place]))
     return torch.cat(made)
@@ -138,8 +149,8 @@ def _routes(experts: Experts, shares: list[Tensor], args: tuple[Any, ...]) -> It
         name = f"{experts.name}.{index}"
         if len(args) == 1:
             tokens = (shares[index] != 0).any(1).nonzero().squeeze(1)
-            yield Routed(name, tokens, shares[index].new_ones(len(tokens)))
+            yield Routed(name, tokens, shares[index].new_ones(len(tokens)), len(shares[index]))
             continue
         chosen, weights = args[1], args[2]
         tokens, place = torch.where(chosen == index)
-        yield Routed(name, tokens, weights[tokens, place])
+        yield Routed(name, tokens, weights[tokens, place], len(shares[index]))

@@ -34,8 +34,8 @@ def read_ffn(ffn: FFN) -> FFNWeights:
     *ins, out = [_matrix(module, name) for module, name in zip(ffn.base_projections, ffn.projection_names, strict=True)]
     *in_biases, out_bias = [original_parameter(module, "bias") for module in ffn.base_projections]
     if ffn.layout.stacked:
-        ins = list(ins[0].chunk(2))
-        in_biases = [None, None] if in_biases[0] is None else list(in_biases[0].chunk(2))
+        ins = list(ffn.layout.split(ins[0]))
+        in_biases = [None, None] if in_biases[0] is None else list(ffn.layout.split(in_biases[0]))
     return FFNWeights(tuple(ins), tuple(in_biases), out.T, out_bias)
 
 
@@ -65,7 +65,7 @@ def by_projection(pieces: Sequence[Tensor | None], ffn: FFN) -> list[Tensor | No
     if not ffn.layout.stacked:
         return list(pieces)
     present = [piece for piece in pieces if piece is not None]
-    return [torch.cat(present) if present else None]
+    return [ffn.layout.join(present) if present else None]
 
 
 def run_ffn(ffn: FFN, projections: Sequence[Callable[[Tensor], Tensor]], x: Tensor) -> Tensor:
@@ -99,7 +99,7 @@ def hidden_activations(ffn: FFN, put: Sequence[Tensor]) -> Tensor:
     Raises:
         ValueError: if the layout does not say where the activation is.
     """
-    pieces = put[0].chunk(2, dim=-1) if ffn.layout.stacked else put
+    pieces = ffn.layout.split(put[0], dim=-1) if ffn.layout.stacked else put
     hidden = find_activation(ffn)(pieces[0])
     return hidden * pieces[1] if ffn.layout.gated else hidden
 

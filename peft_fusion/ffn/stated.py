@@ -3,21 +3,17 @@
 from __future__ import annotations
 
 import copy
-from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from .every import AnyFFN, find_all
 from .layers import LayerList, layer_of, why_not_rebuilt
-from .width import width_place
-
-MARK = "narrow_layers"
-"""The class attribute by which a model is known that a generated modelling file has built."""
+from .stock import misbuilt, on_meta, reachable, stock_class, stock_config, write
+from .width import WidthPlace, stated_value, width_place
 
 
 @dataclass
@@ -32,21 +28,22 @@ class StatedWidths:
     """
 
     stock: type[PreTrainedModel]
-    values: dict[tuple[str, str], int] = field(default_factory=dict)
+    values: dict[tuple[str, str], Any] = field(default_factory=dict)
     layers: dict[str, dict[int, dict[str, int]]] = field(default_factory=dict)
     lists: list[LayerList] = field(default_factory=list)
 
     def apply(self, config: PreTrainedConfig) -> None:
         """Writes the widths that all layers share into a config."""
-        for (place, attribute), width in self.values.items():
-            setattr(_reachable(config)[place], attribute, width)
+        write(config, self.values)
 
     def by_layer(self, config: dict[str, Any]) -> dict[str, Any]:
         """Adds the widths that differ to a config in JSON, as transformers' `per_layer_config`."""
-        config = dict(config)
+        config = copy.deepcopy(config)
         for place, layers in self.layers.items():
-            told = {"per_layer_config": {str(number): own for number, own in sorted(layers.items())}}
-            config = {**config, **({place: {**config[place], **told}} if place else told)}
+            inner = config
+            for name in place.split(".") if place else ():
+                inner = inner[name]
+            inner["per_layer_config"] = {str(number): own for number, own in sorted(layers.items())}
         return config
 
 
@@ -72,79 +69,49 @@ def state_widths(model: nn.Module, widths: Mapping[str, int]) -> StatedWidths:
             f"{stock.__name__} has no FFN {foreign[0]!r}: modules were added to the model that its config does not "
             "state. Save its state dict, and the code that builds it, yourself."
         )
-    stated, reachable = StatedWidths(stock), _reachable(built.config)
-    for (place, attribute), governed in _by_place(built, list(ffns.values()), reachable).items():
-        wanted = {ffn.name: widths.get(ffn.name, ffn.width) for ffn, _ in governed}
-        values = {wanted[ffn.name] / factor for ffn, factor in governed}
+    stated = StatedWidths(stock)
+    for paths, governed in _by_place(built, list(ffns.values())):
+        place, wanted = governed[0][1], {ffn.name: widths.get(ffn.name, ffn.width) for ffn, _ in governed}
         changed = [ffn for ffn, _ in governed if wanted[ffn.name] != ffn.width]
-        if changed and not attribute:
+        if changed and not place.attribute:
             raise ValueError(
                 f"No checkpoint of {stock.__name__} can state that the FFN {changed[0].name!r} is "
-                f"{wanted[changed[0].name]} wide: its config has no attribute for the width. Keep the adapter."
+                f"{wanted[changed[0].name]} wide: its config has no attribute for the width. Keep the adapter, or "
+                "leave this FFN out with `exclude_modules`."
             )
-        if changed and len(values) == 1 and (value := values.pop()) == int(value):
-            stated.values[place, attribute] = int(value)
-        elif changed and any(factor != 1 for _, factor in governed):
-            raise _refusal(built, attribute, "shared experts are stated as a multiple of the routed ones")
+        value = stated_value([(own, wanted[ffn.name]) for ffn, own in governed])
+        if changed and value is not None:
+            told = ((place.attribute, value), *place.also)
+            stated.values |= {(path, attribute): one for path in paths for attribute, one in told}
+        elif changed and any(own.factor != 1 for _, own in governed):
+            raise _refusal(built, place.attribute, f"it holds whole multiples of {place.factor}, of the same for all")
         elif changed:
-            _state_by_layer(stated, built, place, attribute, wanted)
-            _check_readable(stated, built, attribute)
+            _state_by_layer(stated, built, paths[0], place.attribute, wanted)
+            _check_readable(stated, built, place.attribute)
+    if stated.values and not stated.lists and (found := misbuilt(built, stated.values, widths)):
+        names = ", ".join(sorted({f"`config.{attribute}`" for _, attribute in stated.values}))
+        raise ValueError(
+            f"No checkpoint of {stock.__name__} can state these widths: of {names}, {found}. Keep the adapter, or "
+            "leave these FFNs out with `exclude_modules`."
+        )
     return stated
 
 
-def stock_class(model: nn.Module) -> type[PreTrainedModel]:
-    """Transformers' own class of a model.
-
-    Raises:
-        ValueError: if it is a class of someone else's.
-    """
-    own = [c for c in type(model).__mro__ if c.__module__.startswith("transformers.models.")]
-    if own and (own[0] is type(model) or hasattr(type(model), MARK)):
-        return own[0]
-    raise ValueError(
-        f"{type(model).__name__} is no model class of transformers' own, so there is no stock code that its checkpoint "
-        "could be loaded by. Merge it (`merge_and_unload()`) and save its state dict beside the code that builds it."
-    )
-
-
-def stock_config(model: Any) -> PreTrainedConfig:
-    """A copy of a model's config without what an earlier export added to it."""
-    config = copy.deepcopy(model.config)
-    if hasattr(type(model), MARK):
-        for part in _reachable(config).values():
-            part.per_layer_config = None
-            vars(part).pop("allow_global_per_layer_attribute_access", None)
-        vars(config).pop("auto_map", None)
-    return config
-
-
-def on_meta(kind: type[PreTrainedModel], config: PreTrainedConfig) -> Any:
-    """A model without weights."""
-    with torch.device("meta"):
-        return kind(config)
-
-
-def _by_place(
-    model: Any, ffns: list[AnyFFN], reachable: Mapping[str, PreTrainedConfig]
-) -> dict[tuple[str, str], list[tuple[AnyFFN, int]]]:
-    """The FFNs, and of what multiple their width is, by where it is stated: the config's path, and the attribute."""
-    found = defaultdict(list)
+def _by_place(model: Any, ffns: list[AnyFFN]) -> list[tuple[list[str], list[tuple[AnyFFN, WidthPlace]]]]:
+    """The FFNs by where their width is stated: the config's paths, and each FFN with its place."""
+    parts = reachable(model.config)
+    found: dict[tuple[int, str], tuple[list[str], list[tuple[AnyFFN, WidthPlace]]]] = {}
     for ffn in ffns:
         place = width_place(model, ffn)
-        paths = [path for path, config in reachable.items() if any(config is one for one in place.configs)]
-        found[(paths[0], place.attribute) if paths else ("", "")].append((ffn, place.factor))
-    return found
-
-
-def _reachable(config: PreTrainedConfig) -> dict[str, PreTrainedConfig]:
-    """A config and those within it, by name; "" for itself."""
-    inner = {name: getattr(config, name, None) for name in getattr(config, "sub_configs", ())}
-    return {"": config, **{name: one for name, one in inner.items() if isinstance(one, PreTrainedConfig)}}
+        paths = [path for path, config in parts.items() if any(config is one for one in place.configs)]
+        place = place if paths else WidthPlace([], "")
+        found.setdefault(place.key, (paths, []))[1].append((ffn, place))
+    return list(found.values())
 
 
 def _state_by_layer(stated: StatedWidths, model: Any, place: str, attribute: str, widths: Mapping[str, int]) -> None:
     """Adds what the layers of one group of FFNs need to have different widths."""
-    config = _reachable(model.config)[place]
+    config = reachable(model.config)[place]
     layers = stated.layers.setdefault(place, {})
     for name, width in widths.items():
         found = layer_of(model, name, getattr(config, "num_hidden_layers", None))

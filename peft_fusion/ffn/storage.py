@@ -13,8 +13,6 @@ from accelerate.hooks import AlignDevicesHook, SequentialHook
 from peft.utils.integrations import dequantize_module_weight, gather_params_ctx
 from torch import Tensor, nn
 
-from .find import FFN
-
 
 def is_quantised(module: nn.Module) -> bool:
     """Whether a linear module's weight is not a matrix of numbers to compute with."""
@@ -99,11 +97,6 @@ def blank_like(module: nn.Module, name: str = "weight") -> Tensor:
         dtype = getattr(getattr(weight, "quant_state", None), "dtype", torch.float32)
     hook = fetching_hook(module)
     return torch.empty(0, dtype=dtype, device=weight.device if hook is None else hook.execution_device)
-
-
-def device_of(ffn: FFN) -> torch.device:
-    """The device that an FFN computes on."""
-    return blank_like(ffn.base_projections[0]).device
 
 
 def check_can_leave(modules: Mapping[str, nn.Module], base_weights: str) -> None:

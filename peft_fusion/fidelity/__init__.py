@@ -83,7 +83,7 @@ def fidelity(
         raise ValueError("The dataloader yields no batch: give one that can be iterated anew, with at least one batch.")
     function = function or random_projection(fused, seed)
     kernels = [tangent_kernels(network, singles, function, memory) for network in (original, fused)]
-    ffns = [_ffn_fidelity(*ffns, errors, *kernels) for ffns in zip(original.ffns, fused.ffns, strict=True)]
+    ffns = [_ffn_fidelity(*ffns, errors, *kernels) for ffns in zip(original.dense, fused.dense, strict=True)]
     whole = [sum(list(k.values())[1:], next(iter(k.values()))) for k in kernels]
     return Fidelity(
         ffns=ffns,
@@ -135,7 +135,7 @@ def _parameters(network: Network) -> int:
             for name, parameter in network.model.named_parameters()
             if ".mlp_fusion_narrow." not in name and ".modules_to_save." not in name
         )
-        for projection in {p for ffn in network.ffns for p in ffn.projections} if network.fused else ():
+        for projection in {p for ffn in network.dense for p in ffn.projections} if network.fused else ():
             count += sum(p.numel() for m in linear_modules(projection, True) for p in m.parameters())
             count -= sum(p.numel() for m in linear_modules(projection, False) for p in m.parameters())
     return count

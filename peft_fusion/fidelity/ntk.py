@@ -78,11 +78,11 @@ def tangent_kernels(
 
 def _passes(network: Network, sequences: Sequence[Batch], function: Function, memory: int) -> list[list[FFN]]:
     """The FFNs in groups whose activations fit the memory, judged by what the first sequence needs."""
-    first = _token_gradients(network, network.ffns, sequences[0], function)
+    first = _token_gradients(network, network.dense, sequences[0], function)
     factor = sum(map(_positions, sequences)) / _positions(sequences[0])
     passes: list[list[FFN]] = [[]]
     used = 0.0
-    for ffn in network.ffns:
+    for ffn in network.dense:
         modules = [linear for module in ffn.projections for linear in linear_modules(module, network.fused)]
         tensors = [tensor for module in modules if module in first for tensor in first[module]]
         need = factor * sum(tensor.numel() * tensor.element_size() for tensor in tensors)

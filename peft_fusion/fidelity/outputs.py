@@ -84,15 +84,15 @@ class OutputErrors:
 
     def __init__(self, original: Network, fused: Network) -> None:
         self.original, self.fused = original, fused
-        self.ffns = {ffn.name: DistanceMean() for ffn in fused.ffns}
+        self.ffns = {ffn.name: DistanceMean() for ffn in fused.dense}
         self.hidden_states, self.outputs = DistanceMean(), DistanceMean()
         self.predictions = DivergenceMean()
 
     @torch.no_grad()
     def add(self, batch: Batch) -> None:
         """Runs both networks on a batch, and the fused one again with the original's inputs to every FFN."""
-        calls: Calls = {ffn.name: [] for ffn in self.original.ffns}
-        with self.original.running(), _recording(self.original.ffns, calls):
+        calls: Calls = {ffn.name: [] for ffn in self.original.dense}
+        with self.original.running(), _recording(self.original.dense, calls):
             expected = run_whole(self.original, batch)
         with self.fused.running():
             found = run_whole(self.fused, batch)
@@ -119,7 +119,7 @@ class OutputErrors:
             self.ffns[name].add(y, original, padding_mask(batch, y.shape, decoder))
             return original  # so that a router behind this FFN sends the same tokens to the same experts
 
-        return capture(self.fused.ffns, inputs=feed, outputs=compare)
+        return capture(self.fused.dense, inputs=feed, outputs=compare)
 
 
 def _recording(ffns: Sequence[FFN], calls: Calls) -> AbstractContextManager[None]:

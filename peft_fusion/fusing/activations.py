@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,7 +12,21 @@ from torch.nn.functional import linear
 
 from .weights import FFNWeights, NarrowFFN
 
-Activation = Callable[[Tensor], Tensor]
+
+@dataclass(frozen=True)
+class Combination:
+    """What lies between the projections of an FFN where it is not known to be an activation times a factor.
+
+    Args:
+        function: maps what the in-projections put out, one or two (tokens, neurons), to the hidden activations;
+            elementwise.
+    """
+
+    function: Callable[[Sequence[Tensor]], Tensor]
+
+
+Activation = Callable[[Tensor], Tensor] | Combination
+"""The activation function, elementwise; in a gated FFN the second piece multiplies what it gives."""
 
 CHUNK = 256
 """Tokens that are looked at together where there may be many: what is inside takes many times their memory."""
@@ -76,6 +91,8 @@ def look_inside(weights: FFNWeights, activation: Activation, inputs: Tensor) -> 
     """
     x = inputs.to(_at_least_float32(weights))
     first, *others = _before(weights, x)
+    if isinstance(activation, Combination):
+        return _look_inside_of(activation, (first, *others))
     with torch.enable_grad():
         first = first.detach().requires_grad_()
         activated = activation(first)
@@ -86,9 +103,19 @@ def look_inside(weights: FFNWeights, activation: Activation, inputs: Tensor) -> 
     return Inside(activated * others[0], (slope * others[0], activated))
 
 
-def look_by_parts(weights: FFNWeights, activation: Activation, inputs: Tensor) -> Iterator[Inside]:
-    """`look_inside` for some tokens at a time."""
-    return (look_inside(weights, activation, part) for part in inputs.split(CHUNK))
+def _look_inside_of(combination: Combination, pieces: Sequence[Tensor]) -> Inside:
+    with torch.enable_grad():
+        pieces = [piece.detach().requires_grad_() for piece in pieces]
+        hidden = combination.function(pieces)
+        slopes = torch.autograd.grad(hidden.sum(), pieces)
+    return Inside(hidden.detach(), slopes)
+
+
+def in_chunks(*tensors: Tensor | None) -> Iterator[tuple[Any, ...]]:
+    """Tensors of as many tokens, the first of them at least, `CHUNK` tokens at a time; None stays None."""
+    count = len(tensors[0]) if tensors[0] is not None else 0
+    for start in range(0, count, CHUNK):
+        yield tuple(None if tensor is None else tensor[start : start + CHUNK] for tensor in tensors)
 
 
 def _hidden(
@@ -97,6 +124,8 @@ def _hidden(
     first, *others = _before(weights, x)
     if in_scales is not None:
         first, *others = (z * scale.to(z) for z, scale in zip((first, *others), in_scales, strict=True))
+    if isinstance(activation, Combination):
+        return activation.function((first, *others))
     hidden = activation(first)
     return hidden * others[0] if others else hidden
 

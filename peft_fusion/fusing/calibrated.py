@@ -64,7 +64,7 @@ def fuse_calibrated(
         else:
             narrow = _centroids(known, width, recipe, centroids)
         if recipe.scale == "ntk":
-            narrow = match_sizes(weights, narrow.folded(), activation, known.inputs)
+            narrow = match_sizes(weights, narrow.folded(), activation, known.inputs, known.token_weights)
     return NarrowFFN(cast(narrow.weights, weights.out_weight.dtype), narrow.scale, narrow.in_scales)
 
 

@@ -8,10 +8,9 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-import torch
 from torch import Tensor
 
-from .activations import CHUNK, Activation, hidden_activations
+from .activations import Activation, hidden_activations, in_chunks
 from .cluster.kmeans import Clustering, kernel_kmeans
 from .kernels import find_kernel
 from .known import KnownFFN
@@ -62,17 +61,18 @@ class CentroidMoments(MomentSums):
         self.narrow = narrow
         self._weights, self._activation = weights, activation
 
-    def add_inputs(self, inputs: Tensor) -> None:
+    def add_inputs(self, inputs: Tensor, weights: Tensor | None = None) -> None:
         """Adds training tokens.
 
         Args:
             inputs: tensor of shape (tokens, in_dim), what goes into the FFN.
+            weights: of the tokens, shape (tokens,), none negative; None: all 1.
         """
         with exact_products(self.gram.device):
-            for x in inputs.to(self.gram.device).split(CHUNK):
+            for x, own_weights in in_chunks(inputs.to(self.gram.device), weights):
                 hidden = hidden_activations(self._weights, self._activation, x)
                 own = hidden_activations(self.narrow.weights, self._activation, x) * self.narrow.scale
-                self.add(own, hidden @ self._weights.out_weight.to(hidden))
+                self.add(own, hidden @ self._weights.out_weight.to(hidden), own_weights)
 
 
 def refit_to(

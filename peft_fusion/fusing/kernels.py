@@ -21,9 +21,10 @@ from types import MappingProxyType
 import torch
 from torch import Tensor
 
-from .activations import CHUNK, Activation, look_inside
+from .activations import Activation, in_chunks, look_inside
 from .cluster.gram import gram_matrix
 from .known import KnownFFN
+from .moments import weighted
 from .symmetry import balancing_factors, rescale
 from .weights import FFNWeights
 
@@ -62,6 +63,7 @@ def ntk_kernel(
     inputs: Tensor,
     activation: Activation,
     homogeneity: int | None = None,
+    token_weights: Tensor | None = None,
 ) -> Tensor:
     """Inner products of the sub-MLPs' outputs and gradients over calibration tokens.
 
@@ -71,6 +73,7 @@ def ntk_kernel(
         inputs: tensor of shape (tokens, in_dim), for the derivatives.
         activation: the activation function.
         homogeneity: for a plain FFN, its activation's degree of homogeneity; None if it has none.
+        token_weights: of the inputs, shape (tokens,); None: all 1.
 
     Returns:
         Symmetric tensor of shape (neurons, neurons).
@@ -83,8 +86,8 @@ def ntk_kernel(
         power = factor ** (homogeneity or 1)
         moment = moment.mul_(power).mul_(power.unsqueeze(1))
     parts = [moment, *(torch.zeros_like(out) for _ in weights.in_weights)]
-    for x in inputs.split(CHUNK):
-        size = x.to(out).norm(dim=1, keepdim=True)
+    sizes = weighted(inputs.to(out).norm(dim=1, keepdim=True), token_weights)
+    for x, size in in_chunks(inputs, sizes):
         for part, slope in zip(parts[1:], look_inside(weights, activation, x).slopes, strict=True):
             value = slope * size
             part.addmm_(value.T, value)
@@ -128,7 +131,9 @@ KERNELS: Mapping[str, Kernel] = MappingProxyType(
         "outputs": Kernel(_outputs_of),
         "fisher": Kernel(_outputs_of, needs_gradients=True),
         "ntk": Kernel(
-            lambda ffn: ntk_kernel(ffn.weights, ffn.second_moment(), ffn.inputs, ffn.activation, ffn.homogeneity)
+            lambda ffn: ntk_kernel(
+                ffn.weights, ffn.second_moment(), ffn.inputs, ffn.activation, ffn.homogeneity, ffn.token_weights
+            )
         ),
     }
 )

@@ -8,7 +8,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from .activations import CHUNK, Activation, hidden_activations
+from .activations import CHUNK, Activation, hidden_activations, in_chunks
 from .metric import in_metric, metric_root
 from .moments import Moments, MomentSums, SampleMoments
 from .statistics import FFNStatistics
@@ -28,6 +28,7 @@ class KnownFFN:
         homogeneity: for a plain FFN, its activation's degree of homogeneity; None if it has none.
         inputs: of held-out tokens, shape (tokens, in_dim), on the device of the weights.
         metric_root: of the metric in which outputs are compared; None: the plain one.
+        token_weights: of the held-out tokens, shape (tokens,); None: all 1.
     """
 
     weights: FFNWeights
@@ -36,6 +37,7 @@ class KnownFFN:
     homogeneity: int | None
     inputs: Tensor
     metric_root: Tensor | None
+    token_weights: Tensor | None = None
 
     @property
     def dtype(self) -> torch.dtype:
@@ -98,9 +100,10 @@ class KnownFFN:
         """
         inputs, outputs = self.inputs[tokens], self.seen_outputs[tokens]
         sums = MomentSums(narrow.width, outputs.shape[1], outputs.device, torch.float64)
-        for x, y in zip(inputs.split(CHUNK), outputs.split(CHUNK), strict=True):
+        token_weights = None if self.token_weights is None else self.token_weights[tokens]
+        for x, y, own_weights in in_chunks(inputs, outputs, token_weights):
             hidden = hidden_activations(narrow, self.activation, x)
-            sums.add(hidden if scale is None else hidden * scale, y)
+            sums.add(hidden if scale is None else hidden * scale, y, own_weights)
         return sums.moments()
 
 
@@ -135,4 +138,7 @@ def known_ffn(
     if with_metric and statistics.fisher is not None:
         dtype = torch.promote_types(weights.out_weight.dtype, torch.float32)
         root = metric_root(statistics.fisher.to(device, dtype))
-    return KnownFFN(weights, statistics, activation, homogeneity, statistics.held_out.to(device), root)
+    token_weights = statistics.held_out_weights
+    if token_weights is not None:
+        token_weights = token_weights.to(device)
+    return KnownFFN(weights, statistics, activation, homogeneity, statistics.held_out.to(device), root, token_weights)

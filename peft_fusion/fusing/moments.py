@@ -90,33 +90,38 @@ class MomentSums:
         self.gram, self.cross = zeros(width, width, dtype=dtype), zeros(width, out_dim, dtype=dtype)
         self.shift, self.shift_out = zeros(width, dtype=dtype), zeros(out_dim, dtype=dtype)
         self.sum, self.sum_out, self.power = zeros(width), zeros(out_dim), zeros()  # power: of |y - shift_out|^2
-        self.tokens = 0
+        self.tokens, self.total = 0, 0.0  # the sum of their weights
 
-    def add(self, hidden: Tensor, outputs: Tensor) -> None:
+    def add(self, hidden: Tensor, outputs: Tensor, weights: Tensor | None = None) -> None:
         """Adds tokens.
 
         Args:
             hidden: tensor of shape (tokens, width).
             outputs: tensor of shape (tokens, out_dim), without the bias.
+            weights: of the tokens, shape (tokens,), none negative; None: all 1.
         """
         if len(hidden) == 0:
             return
         if self.tokens == 0:
             self.shift = hidden.mean(0, dtype=torch.float64).to(self.shift)
             self.shift_out = outputs.mean(0, dtype=torch.float64).to(self.shift_out)
-        g, y = (hidden - self.shift).to(self.gram), (outputs - self.shift_out).to(self.gram)
+        g, y = (
+            weighted((values - shift).to(self.gram), weights)
+            for values, shift in ((hidden, self.shift), (outputs, self.shift_out))
+        )
         with exact_products(self.gram.device):
             self.gram.addmm_(g.T, g)
             self.cross.addmm_(g.T, y)
-        self.sum += g.sum(0, dtype=torch.float64)
-        self.sum_out += y.sum(0, dtype=torch.float64)
+        self.sum += weighted(g, weights).sum(0, dtype=torch.float64)
+        self.sum_out += weighted(y, weights).sum(0, dtype=torch.float64)
         self.power += y.square().sum(dtype=torch.float64)
         self.tokens += len(hidden)
+        self.total += len(hidden) if weights is None else float(weights.sum(dtype=torch.float64))
 
     def reshift(self, mean: Tensor, mean_out: Tensor) -> None:
         """Moves the shifts, so that the sums of several ranks, all moved to the same ones, can be added up.
 
-        `gram`, `cross`, `sum`, `sum_out`, `power` and `tokens` are then those that one rank would have with all tokens.
+        `gram`, `cross`, `sum`, `sum_out`, `power`, `total` and `tokens` are then those of one rank with all tokens.
 
         Args:
             mean: tensor of shape (width,), near the mean of all tokens' hidden activations, the same on every rank.
@@ -124,16 +129,16 @@ class MomentSums:
         """
         shift, shift_out = mean.to(self.shift), mean_out.to(self.shift_out)
         change, change_out = shift.double() - self.shift, shift_out.double() - self.shift_out
-        move_shift(self.gram, (self.sum, self.sum), (change, change), self.tokens)
-        move_shift(self.cross, (self.sum, self.sum_out), (change, change_out), self.tokens)
-        self.power += change_out @ (change_out * self.tokens - 2 * self.sum_out)
-        self.sum -= change * self.tokens
-        self.sum_out -= change_out * self.tokens
+        move_shift(self.gram, (self.sum, self.sum), (change, change), self.total)
+        move_shift(self.cross, (self.sum, self.sum_out), (change, change_out), self.total)
+        self.power += change_out @ (change_out * self.total - 2 * self.sum_out)
+        self.sum -= change * self.total
+        self.sum_out -= change_out * self.total
         self.shift, self.shift_out = shift, shift_out
 
     def moments(self) -> SampleMoments:
         """The moments of all tokens so far, in float64."""
-        count = max(self.tokens, 1)
+        count = self.total or 1.0
         offset, offset_out = self.sum / count, self.sum_out / count
         gram = (self.gram.double() / count).addr_(offset, offset, alpha=-1)
         cross = (self.cross.double() / count).addr_(offset, offset_out, alpha=-1)
@@ -141,15 +146,20 @@ class MomentSums:
         return SampleMoments(gram, cross, self.shift + offset, self.shift_out + offset_out, max(power, 0.0))
 
 
-def move_shift(products: Tensor, sums: tuple[Tensor, Tensor], changes: tuple[Tensor, Tensor], tokens: int) -> None:
+def weighted(values: Tensor, weights: Tensor | None) -> Tensor:
+    """Values of tokens (tokens, n) times the roots of their weights (tokens,), so that products get the weights."""
+    return values if weights is None else values * weights.to(values).sqrt().unsqueeze(1)
+
+
+def move_shift(products: Tensor, sums: tuple[Tensor, Tensor], changes: tuple[Tensor, Tensor], total: float) -> None:
     """Moves the points about which products are summed, in place: sum (a - s) (b - t)^T for other s and t.
 
     Args:
         products: tensor of shape (m, n).
         sums: of a - s and of b - t, float64 tensors of shape (m,) and (n,).
         changes: of s and of t, float64 tensors of shape (m,) and (n,).
-        tokens: how many were summed up.
+        total: the weights of the tokens that were summed up, together.
     """
-    halfway = [(total - change * (tokens / 2)).to(products) for total, change in zip(sums, changes, strict=True)]
+    halfway = [(added - change * (total / 2)).to(products) for added, change in zip(sums, changes, strict=True)]
     left, right = (change.to(products) for change in changes)
     products.addr_(halfway[0], right, alpha=-1).addr_(left, halfway[1], alpha=-1)

@@ -21,8 +21,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .activations import Activation, look_by_parts
+from .activations import Activation, in_chunks, look_inside
 from .gradient_kernels import TokenGradients, adam_kernels
+from .moments import weighted
 from .weights import FFNWeights, NarrowFFN, cast
 
 SEQUENCES = 64
@@ -32,7 +33,13 @@ MOST = 4.0
 """How far, as a factor, a scale fitted to few sequences may be from the one of the L1 norms."""
 
 
-def match_sizes(original: FFNWeights, narrow: FFNWeights, activation: Activation, inputs: Tensor) -> NarrowFFN:
+def match_sizes(
+    original: FFNWeights,
+    narrow: FFNWeights,
+    activation: Activation,
+    inputs: Tensor,
+    token_weights: Tensor | None = None,
+) -> NarrowFFN:
     """Splits the weights of a narrow FFN into smaller ones and fixed scales, which match the gradients' L1 norms.
 
     Args:
@@ -40,11 +47,12 @@ def match_sizes(original: FFNWeights, narrow: FFNWeights, activation: Activation
         narrow: the narrow FFN's, of the same function as the result.
         activation: the activation function.
         inputs: tensor of shape (tokens, in_dim) from calibration.
+        token_weights: of the inputs, shape (tokens,); None: all 1.
 
     Returns:
         The narrow FFN with its scales, one number for each projection, in the dtype of `narrow`.
     """
-    wide_sizes, narrow_sizes = _sizes(original, activation, inputs), _sizes(narrow, activation, inputs)
+    wide_sizes, narrow_sizes = (_sizes(ffn, activation, inputs, token_weights) for ffn in (original, narrow))
     scales = [wide / max(small, 1e-30) for wide, small in zip(wide_sizes, narrow_sizes, strict=True)]
     return _split(narrow, [scale if scale > 0 else 1.0 for scale in scales])
 
@@ -107,12 +115,13 @@ def _near(fit: float, scale: float) -> float:
     return min(max(fit, scale / MOST), scale * MOST) if fit == fit else scale
 
 
-def _sizes(weights: FFNWeights, activation: Activation, inputs: Tensor) -> list[float]:
+def _sizes(weights: FFNWeights, activation: Activation, inputs: Tensor, token_weights: Tensor | None) -> list[float]:
     """The L1 norms of the gradients, up to factors that all FFNs of these inputs share: in-projections, then out."""
     norms = weights.out_weight.float().norm(dim=1)
     powers = [torch.zeros_like(norms) for _ in range(len(weights.in_weights) + 1)]
-    for inside in look_by_parts(weights, activation, inputs):
+    for x, own in in_chunks(inputs, token_weights):
+        inside = look_inside(weights, activation, x)
         for power, values in zip(powers, (*inside.slopes, inside.hidden), strict=True):
-            power += values.square().sum(0)
+            power += weighted(values, own).square().sum(0)
     *slopes, hidden = [(power / max(len(inputs), 1)).sqrt() for power in powers]
     return [*(float((slope * norms).sum()) for slope in slopes), float(hidden.sum())]

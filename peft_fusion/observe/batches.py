@@ -65,13 +65,22 @@ def unlabelled(batch: Batch, is_encoder_decoder: bool) -> Batch:
 
 
 def shortened(sequence: Batch) -> Batch:
-    """A batch of one text, cut to its first tokens that are not padding; other inputs stay as they are."""
+    """A batch of one text, cut to its first tokens that are not padding; other inputs stay as they are.
+
+    Where it is several texts packed into one, what tells Flash attention where each ends is cut with it.
+    """
     ids, mask = sequence.get("input_ids"), sequence.get("attention_mask")
     if ids is None or ids.dim() != 2:
         return sequence
     start = int(mask[0].argmax()) if mask is not None and mask.shape == ids.shape else 0
     window = slice(start, start + MOST_LENGTH)
-    return {k: v[:, window] if isinstance(v, Tensor) and v.shape == ids.shape else v for k, v in sequence.items()}
+    return {key: _cut(key, value, window, ids.shape) for key, value in sequence.items()}
+
+
+def _cut(name: str, value: Any, window: slice, shape: torch.Size) -> Any:
+    if isinstance(value, Tensor) and value.shape == shape:
+        return value[:, window]
+    return value.clamp(max=window.stop) if name.startswith("cu_seq_lens") else value
 
 
 def token_mask(batch: Batch, decoder: bool) -> Tensor | None:

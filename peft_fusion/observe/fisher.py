@@ -5,6 +5,7 @@ from __future__ import annotations
 import zlib
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -32,7 +33,7 @@ CHUNK = 2**19
 
 
 def fisher_information(network: Network, sequences: Sequence[Batch], seed: int) -> dict[str, Tensor]:
-    """F = E[d d^T] of every FFN over tokens, up to a factor that all of them share.
+    """F = E[d d^T] of every FFN and every expert over tokens, up to a factor that all of them share.
 
     d is the gradient, by what the FFN puts out at a token, of the log-likelihood of outputs that are drawn from the
     model itself; no labels are needed. Every token counts alike, however long its sequence is. Of several ranks each
@@ -45,14 +46,32 @@ def fisher_information(network: Network, sequences: Sequence[Batch], seed: int) 
         seed: of the draws.
 
     Returns:
-        FFN name -> tensor of shape (out_dim, out_dim) in CPU memory.
+        Name of a dense FFN or of an expert -> tensor of shape (out_dim, out_dim) in CPU memory.
 
     Raises:
         NoGradients: if the model has none, or they are not finite.
     """
+    return {name: fisher.product for name, fisher in fisher_sums(network, sequences, seed).items()}
 
-    def add_up() -> dict[str, Tensor]:
-        sums: dict[str, Tensor] = {}
+
+@dataclass
+class FisherSum:
+    """What the Fisher information of an FFN is made of.
+
+    Args:
+        product: the sum of d d^T, shape (out_dim, out_dim).
+        tokens: over how many tokens.
+    """
+
+    product: Tensor
+    tokens: int = 0
+
+
+def fisher_sums(network: Network, sequences: Sequence[Batch], seed: int) -> dict[str, FisherSum]:
+    """`fisher_information`, and of how many tokens it is: an expert may get few. Args and errors are the same."""
+
+    def add_up() -> dict[str, FisherSum]:
+        sums: dict[str, FisherSum] = {}
         met: Counter[int] = Counter()
         for sequence in progress(sequences, "Taking gradients of predictions"):
             draws = draws_of(sequence, seed, met[key := _key(sequence, seed)])
@@ -60,11 +79,16 @@ def fisher_information(network: Network, sequences: Sequence[Batch], seed: int) 
             likelihood = partial(drawn_likelihood, network, generator=draws)
             for name, (_, gradients) in gradients_of_sequence(network, sequence, likelihood, MAGNIFIED).items():
                 d = gradients.float()
-                sums[name] = torch.addmm(sums.get(name, d.new_zeros(())), d.T, d)
+                found = sums.setdefault(name, FisherSum(d.new_zeros(d.shape[1], d.shape[1])))
+                found.product.addmm_(d.T, d)
+                found.tokens += len(d)
         return sums
 
     sums = ranks.together(add_up)
-    return {name: ranks.sum_over_ranks(total) for name, total in sums.items()}
+    return {
+        name: FisherSum(ranks.sum_over_ranks(found.product), int(ranks.sum_of(found.tokens)))
+        for name, found in sums.items()
+    }
 
 
 def draws_of(sequence: Batch, seed: int, repeats: int = 0) -> torch.Generator:
@@ -84,7 +108,7 @@ def _key(sequence: Batch, seed: int) -> int:
     for name, value in sorted(sequence.items()):
         if isinstance(value, Tensor) and not name.endswith("attention_mask"):
             tokens = value[mask] if mask is not None and value.shape == mask.shape else value
-            key = zlib.crc32(tokens.detach().cpu().contiguous().flatten().view(torch.uint8).numpy(), key)
+            key = zlib.crc32(tokens.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes(), key)
     return key
 
 

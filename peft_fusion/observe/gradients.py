@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Sequence
 import torch
 from torch import Tensor
 
-from ..ffn import FFN, blank_like, capture
+from ..ffn import OneFFN, Routed, capture_each, like_of, networks_of
 from .batches import Batch, shortened, unlabelled
 from .networks import Network, is_out_of_memory
 from .recomputed import Recomputed
@@ -23,7 +23,9 @@ class NoGradients(RuntimeError):
 def gradients_of_sequence(
     network: Network, sequence: Batch, evaluate: Callable[[Batch], Tensor], magnified: float
 ) -> dict[str, Tokens]:
-    """What goes into every FFN, and the gradients by what it puts out.
+    """What goes into every FFN and every expert, and the gradients by what its out-projection puts out.
+
+    What an expert puts out is multiplied by the router's weight afterwards, so that its gradients hold that weight.
 
     Memory: the graph is that of one layer, and what goes into the others (see `Recomputed`).
 
@@ -34,7 +36,8 @@ def gradients_of_sequence(
         magnified: what the gradients are multiplied by, so that they do not vanish in half precision.
 
     Returns:
-        FFN name -> its tokens, in CPU memory. Tokens without a gradient, padding above all, are left out.
+        Name of a dense FFN or of an expert -> its tokens, in CPU memory. Tokens without a gradient, padding above all,
+        are left out.
 
     Raises:
         NoGradients: if there are none, or they are not finite.
@@ -45,20 +48,21 @@ def gradients_of_sequence(
 
     layers = Recomputed.of(network.model)
 
-    def note_input(name: str, x: Tensor) -> None:
+    def note_input(name: str, x: Tensor, routed: Routed | None) -> None:
         inputs[name] = x.detach()
 
-    def note_output(name: str, output: Tensor) -> Tensor:
+    def note_output(name: str, output: Tensor, routed: Routed | None) -> Tensor:
         output = output if output.requires_grad else output.detach().requires_grad_()
         x = inputs.pop(name)
         if not layers.again:
             calls.append((name, x, output))
         return output.clone()  # some models add to it in place
 
-    with torch.enable_grad(), layers.running(), capture(network.ffns, inputs=note_input, outputs=note_output):
+    with torch.enable_grad(), layers.running(), capture_each(network.ffns, inputs=note_input, outputs=note_output):
         value = evaluate(batch) * magnified
         gradients = _gradients(value, [output for _, _, output in calls])
-    found = {ffn.name: [_no_tokens(ffn)] for ffn in network.ffns}  # all that an expert may get of a sequence
+    ones = (one for ffn in network.ffns for one in networks_of(ffn))
+    found = {one.name: [_no_tokens(one)] for one in ones}  # all that an expert may get of a sequence
     for (name, x, output), gradient in zip(calls, gradients, strict=True):
         d = (torch.zeros_like(output) if gradient is None else gradient).flatten(0, -2)
         acts = (d != 0).any(1)
@@ -93,6 +97,6 @@ def _finite(tensors: Iterable[Tensor]) -> bool:
     return all(bool(torch.stack(of_device).all()) for of_device in found.values())
 
 
-def _no_tokens(ffn: FFN) -> Tokens:
-    dtype = blank_like(ffn.base_projections[-1]).dtype
+def _no_tokens(ffn: OneFFN) -> Tokens:
+    dtype = like_of(ffn).dtype
     return torch.zeros(0, ffn.in_dim, dtype=dtype), torch.zeros(0, ffn.out_dim, dtype=dtype)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from ..ffn import FFN, find_ffns
+from ..ffn import FFN, AnyFFN, find_ffns
 from ..tuner.experts import ExpertsLayer
 from ..tuner.layer import FusionLayer
 from ..tuner.narrow import NarrowProjection
@@ -33,8 +33,13 @@ class Network:
     """
 
     model: nn.Module
-    ffns: list[FFN]
+    ffns: Sequence[AnyFFN]
     fused: bool
+
+    @property
+    def dense(self) -> list[FFN]:
+        """Those of the FFNs that are dense."""
+        return [ffn for ffn in self.ffns if isinstance(ffn, FFN)]
 
     @property
     def device(self) -> torch.device:
@@ -47,7 +52,7 @@ class Network:
         """Whether it is an encoder-decoder."""
         return bool(getattr(getattr(self.model, "config", None), "is_encoder_decoder", False))
 
-    def of(self, ffns: list[FFN]) -> Network:
+    def of(self, ffns: Sequence[AnyFFN]) -> Network:
         """The same network, of which other FFNs are looked at."""
         return Network(self.model, ffns, self.fused)
 
@@ -182,7 +187,7 @@ def pair(model: nn.Module, reference: nn.Module | None, each_ffn: bool = True) -
     return Network(reference, [originals[ffn.name] for ffn in fused], False), Network(model, fused, True)
 
 
-def carries_adapter(ffn: FFN) -> bool:
+def carries_adapter(ffn: AnyFFN) -> bool:
     """Whether an FFN shows a narrow one."""
     out = ffn.projections[-1]
     return isinstance(out, FusionLayer) and active_narrow(out) is not None

@@ -36,7 +36,7 @@ def tune_ffn_outputs(
     seed: int,
 ) -> Errors:
     """Tunes every narrow FFN; see `tune_layers`, objective "ffn"."""
-    pairs = list(zip(original.ffns, fused.ffns, strict=True))
+    pairs = list(zip(original.dense, fused.dense, strict=True))
     with original.running():
         if dataloader is None:
             made = math.ceil(tokens / OWN_LENGTH)
@@ -99,7 +99,7 @@ def _collect_inputs(
     Raises:
         ValueError: if the data loader gives no batch that the model takes.
     """
-    kept: dict[str, list[Tensor]] = {ffn.name: [] for ffn in network.ffns}
+    kept: dict[str, list[Tensor]] = {ffn.name: [] for ffn in network.dense}
     sequences: list[Batch] = []
     positions: list[Positions] = []
     share = ranks.share_of(tokens)
@@ -122,10 +122,10 @@ def _collect_inputs(
                 "The dataloader yields no batch: give one that can be iterated anew, with at least one batch."
             )
 
-    with torch.no_grad(), capture(network.ffns, inputs=keep):
+    with torch.no_grad(), capture(network.dense, inputs=keep):
         ranks.together(collect)
     inputs = {}
-    for index, ffn in enumerate(network.ffns):
+    for index, ffn in enumerate(network.dense):
         joined = ranks.joined_over_ranks(torch.cat(kept.pop(ffn.name))[:share])
         if ranks.owner(index) == ranks.rank():
             inputs[ffn.name] = joined

@@ -7,14 +7,25 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from ..ffn import blank_like, by_projection, check_finite, projection_tensors, read_ffn
+from ..ffn import (
+    OneFFN,
+    blank_like,
+    by_projection,
+    check_finite,
+    check_finite_experts,
+    networks_of,
+    projection_tensors,
+    read_experts,
+    read_ffn,
+    read_one,
+)
 from ..fusing.methods import find_method, narrow_by
 from ..fusing.methods.svd import rank_factors
 from ..fusing.recipe import Recipe
 from ..fusing.rows import balance
 from ..fusing.weights import FFNWeights, NarrowFFN
 from ..progress import progress
-from .build_experts import check_readable, empty_experts, fused_experts, random_experts
+from .build_experts import empty_experts, experts_of, fused_experts, random_experts
 from .narrow import LowRankProjection, Narrow, NarrowInProjection, NarrowOutProjection, NarrowProjection
 from .plan import AnyPlanned, PlannedFFN
 from .plan_experts import PlannedExperts
@@ -35,11 +46,20 @@ def fused_projections(plan: Sequence[AnyPlanned], recipe: Recipe) -> list[list[N
         ValueError: if weights cannot be read, or hold NaN or infinite values.
     """
     for planned in plan:
-        if isinstance(planned, PlannedExperts):
-            check_readable(planned)
-        else:
-            check_finite(read_ffn(planned.ffn), planned.ffn)
+        check_readable(planned)
     return [narrow_projections(planned, recipe) for planned in progress(plan, "Fusing FFNs")]
+
+
+def check_readable(planned: AnyPlanned) -> None:
+    """Refuses weights that cannot be read, or hold NaN or infinite values.
+
+    Raises:
+        ValueError: naming them.
+    """
+    if isinstance(planned, PlannedExperts):
+        check_finite_experts(read_experts(planned.ffn), planned.ffn)
+    else:
+        check_finite(read_ffn(planned.ffn), planned.ffn)
 
 
 def narrow_projections(planned: AnyPlanned, recipe: Recipe) -> list[Narrow]:
@@ -57,17 +77,18 @@ def calibrated_projections(narrow: Mapping[str, NarrowFFN], planned: AnyPlanned,
     """The narrow projections of a planned FFN that a calibration has made.
 
     Args:
-        narrow: FFN name -> its narrow FFN.
-        planned: the FFN.
+        narrow: name of a dense FFN or of an expert -> its narrow one.
+        planned: the FFN, or the experts of a layer.
         recipe: what they were made by.
     """
-    assert isinstance(planned, PlannedFFN)
+    if isinstance(planned, PlannedExperts):
+        return [experts_of([narrow[one.name] for one in networks_of(planned.ffn)], planned, recipe)]
     return projections_of(narrow[planned.ffn.name], planned, recipe)
 
 
-def whole(planned: PlannedFFN) -> NarrowFFN:
+def whole(ffn: OneFFN) -> NarrowFFN:
     """An FFN that keeps its width, as a narrow one: views of its weights, and a scale of ones."""
-    weights = read_ffn(planned.ffn)
+    weights = read_one(ffn)
     return NarrowFFN(weights, torch.ones(weights.width, device=weights.out_weight.device))
 
 

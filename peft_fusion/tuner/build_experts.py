@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from ..ffn import check_finite_experts, experts_tensors, read_experts
+from ..ffn import experts_tensors, read_experts
 from ..fusing.methods import narrow_by
 from ..fusing.recipe import Recipe
 from ..fusing.weights import NarrowFFN
@@ -29,15 +29,6 @@ def fused_experts(planned: PlannedExperts, recipe: Recipe) -> NarrowExperts:
     homogeneity = planned.ffn.homogeneity
     narrow = [narrow_by(weights, planned.width, recipe, homogeneity) for weights in read_experts(planned.ffn)]
     return experts_of(narrow, planned, recipe)
-
-
-def check_readable(planned: PlannedExperts) -> None:
-    """Refuses what cannot be read, or holds NaN or infinite values.
-
-    Raises:
-        ValueError: naming it.
-    """
-    check_finite_experts(read_experts(planned.ffn), planned.ffn)
 
 
 def experts_of(narrow: Sequence[NarrowFFN], planned: PlannedExperts, recipe: Recipe) -> NarrowExperts:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from ..ffn import read_all
+from ..ffn import networks_of, read_all
 from ..fusing.methods import find_method
 from ..fusing.recipe import Recipe
 from ..fusing.weights import NarrowFFN
@@ -63,7 +63,7 @@ class Calibrated:
     """What a calibration made for a model.
 
     Args:
-        narrow: FFN name -> its narrow FFN.
+        narrow: name of a dense FFN or of an expert -> its narrow one.
         fingerprints: FFN name -> what its weights were.
         asked: the recipe that was asked for, with its "auto"s.
         recipe: what it came to.
@@ -76,6 +76,11 @@ class Calibrated:
     asked: Recipe
     recipe: Recipe
     budget: Mapping[str, int] | None = None
+
+    def width_of(self, planned: AnyPlanned) -> int | None:
+        """The width that an FFN was given; None if it was not calibrated. All experts of a layer have the same."""
+        found = self.narrow.get(networks_of(planned.ffn)[0].name)
+        return None if found is None else found.weights.width
 
 
 def hand_over(model: nn.Module, calibrated: Calibrated) -> None:
@@ -114,7 +119,8 @@ def allocated_widths(model: nn.Module, planned: Sequence[AnyPlanned]) -> dict[st
             f"{[found.budget.get(name) for name in differing]} neurons on average, but the configuration asks for "
             f"{[asked.get(name) for name in differing]}. Call `calibrate` with the configuration that you fuse with."
         )
-    return {name: narrow.weights.width for name, narrow in found.narrow.items()}
+    widths = {p.ffn.name: found.width_of(p) for p in planned}
+    return {name: width for name, width in widths.items() if width is not None}
 
 
 def drop_calibrated(model: nn.Module) -> None:
@@ -136,17 +142,17 @@ def calibrated_for(model: nn.Module, planned: Sequence[AnyPlanned], asked: Recip
         warnings.warn(f'`method="{asked.method}"` makes no use of the calibration that the model has.', stacklevel=2)
         return None
     again = "Call `calibrate` with the configuration that you fuse with."
-    missing = [p.ffn.name for p in planned if p.ffn.name not in found.narrow]
+    missing = [p.ffn.name for p in planned if found.width_of(p) is None]
     if missing:
         raise ValueError(
             f"The model was calibrated for the FFNs {sorted(found.narrow)[:4]}, but {missing[:4]} are to be fused as "
             f"well. {again}"
         )
     for p in planned:
-        if found.narrow[p.ffn.name].weights.width != p.width:
+        if found.width_of(p) != p.width:
             raise ValueError(
-                f"Calibration made the FFN {p.ffn.name!r} {found.narrow[p.ffn.name].weights.width} neurons wide, but "
-                f"the configuration asks for {p.width}. {again}"
+                f"Calibration made the FFN {p.ffn.name!r} {found.width_of(p)} neurons wide, but the configuration asks "
+                f"for {p.width}. {again}"
             )
     differing = {k: v for k, v in vars(asked).items() if v != getattr(found.asked, k)}
     differing = {k: v for k, v in differing.items() if v != getattr(found.recipe, k)}  # "auto" came to what is asked

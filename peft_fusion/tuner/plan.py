@@ -128,9 +128,9 @@ def plan_ffns(
 
 
 def warn_of_unstatable(model: nn.Module, plan: Sequence[AnyPlanned]) -> None:
-    """Warns where widths will differ that no checkpoint of the merged model can state, while that is easily changed."""
-    differ = [planned for planned in plan if planned.config_width.attribute and planned.config_width.width is None]
-    if not differ or not isinstance(model, PreTrainedModel):
+    """Warns where no checkpoint of the merged model can state its widths, while that is easily changed."""
+    doubtful = any(planned.width != planned.ffn.width and not planned.config_width.states_it for planned in plan)
+    if not doubtful or not isinstance(model, PreTrainedModel):
         return
     try:
         state_widths(model, {planned.ffn.name: planned.width for planned in plan})

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from architectures import BY_NAME
-from cases import CASES, batches, narrow_state, tuned
+from cases import CASES, MODELS, batches, narrow_state, tuned
 from peft import get_peft_model
 
 from peft_fusion import FusionConfig, calibrate
@@ -23,7 +23,7 @@ def main(folder: str) -> None:
     found = {}
     for name, case in CASES.items():
         torch.manual_seed(rank)  # what drew from the global generator would come to differ
-        architecture = BY_NAME[case.architecture]
+        architecture = MODELS[case.architecture]
         model, config = architecture.make(), FusionConfig(ratio=0.5, **case.settings)
         calibrate(model, config, batches(architecture)[rank::2] if case.data else None, sequences=32, length=8)
         found[name] = narrow_state(get_peft_model(model, config))

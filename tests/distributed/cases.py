@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from architectures import BY_NAME, Architecture
 from helpers import half
+from moes import MIXTRAL
 from peft import get_peft_model
 from torch import Tensor, nn
 
@@ -19,7 +20,7 @@ class Case:
     """A calibration.
 
     Args:
-        architecture: the tiny model's.
+        architecture: the tiny model's name.
         settings: of the configuration.
         data: whether it gets batches, or makes its own.
     """
@@ -29,14 +30,18 @@ class Case:
     data: bool = True
 
 
+MODELS: dict[str, Architecture] = {**BY_NAME, "mixtral": MIXTRAL}
 WITHOUT_DRAWS = {"kernel": "outputs", "scale": "none"}
 CASES = {
     "no draws, llama": Case("llama", WITHOUT_DRAWS),
     "no draws, bert": Case("bert", WITHOUT_DRAWS),
     "no draws, t5": Case("t5_gated", WITHOUT_DRAWS),
+    "no draws, mixtral": Case("mixtral", WITHOUT_DRAWS),
     "defaults, llama": Case("llama"),
     "defaults, bert": Case("bert"),
+    "defaults, mixtral": Case("mixtral"),
     "centroids, bert": Case("bert", {"representative": "centroid", **WITHOUT_DRAWS}),
+    "centroids, mixtral": Case("mixtral", {"representative": "centroid", **WITHOUT_DRAWS}),
     "own text, llama": Case("llama", {}, data=False),
 }
 

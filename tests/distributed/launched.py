@@ -37,6 +37,7 @@ def main(*commands: str) -> None:
         sys.argv = [script, *arguments]
         runpy.run_path(str(SCRIPTS / script), run_name="__main__")
         AcceleratorState._reset_state(reset_partial_state=True)
+        dist.barrier()  # what one has saved is there for all
     destroy()
 
 

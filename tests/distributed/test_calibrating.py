@@ -6,8 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from architectures import BY_NAME
-from cases import CASES, batches, narrow_state
+from cases import CASES, MODELS, batches, narrow_state
 from helpers import logits, relative
 from peft import get_peft_model, set_peft_model_state_dict
 from torch import Tensor
@@ -27,7 +26,7 @@ def by_two(tmp_path_factory: pytest.TempPathFactory) -> Found:
 
 def alone(name: str, seed: int = 0) -> torch.nn.Module:
     case = CASES[name]
-    architecture = BY_NAME[case.architecture]
+    architecture = MODELS[case.architecture]
     model, config = architecture.make(), FusionConfig(ratio=0.5, seed=seed, **case.settings)
     data = batches(architecture)
     mixed = data[0::2] + data[1::2]  # in any order
@@ -50,7 +49,7 @@ def test_they_are_those_of_one_process(name: str, by_two: Found):
 
 @pytest.mark.parametrize("name", ["defaults, llama", "defaults, bert", "own text, llama"])
 def test_with_draws_they_are_within_the_spread_of_seeds(name: str, by_two: Found):
-    architecture = BY_NAME[CASES[name].architecture]
+    architecture = MODELS[CASES[name].architecture]
     original = logits(architecture.make(), architecture)
     errors = [relative(logits(alone(name, seed), architecture), original) for seed in range(4)]
     model = alone(name)

@@ -6,22 +6,26 @@ from pathlib import Path
 
 import pytest
 import torch
-from architectures import BY_NAME
+from architectures import Architecture
 from helpers import half, logits
 from peft import PeftModel, get_peft_model
 from two import run_by_two
+from worker import MODELS
 
-LLAMA = BY_NAME["llama"]
 CASES = [
-    "ddp-keep",
-    "ddp-offload",
-    "ddp-discard",
-    "fsdp-keep",
-    "fsdp-discard",
-    "fsdp_orig_params-keep",
-    "fsdp_orig_params-discard",
-    "fsdp2-keep",
-    "fsdp2-discard",
+    "llama-ddp-keep",
+    "llama-ddp-offload",
+    "llama-ddp-discard",
+    "llama-fsdp-keep",
+    "llama-fsdp-discard",
+    "llama-fsdp_orig_params-keep",
+    "llama-fsdp_orig_params-discard",
+    "llama-fsdp2-keep",
+    "llama-fsdp2-discard",
+    "mixtral-ddp-keep",
+    "mixtral-fsdp_orig_params-keep",
+    "mixtral-fsdp2-keep",
+    "mixtral-fsdp2-discard",
 ]
 STEPS = 2
 
@@ -34,12 +38,12 @@ def trained_by_two(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def trained_alone() -> torch.nn.Module:
+def trained_alone(architecture: Architecture) -> torch.nn.Module:
     """The same steps on whole batches in this process."""
-    model = get_peft_model(LLAMA.make(), half(LLAMA))
+    model = get_peft_model(architecture.make(), half(architecture))
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
     for step in range(STEPS):
-        model(**LLAMA.batch(labels=True, seed=step, size=4)).loss.backward()
+        model(**architecture.batch(labels=True, seed=step, size=4)).loss.backward()
         optimizer.step()
         optimizer.zero_grad()
     return model
@@ -56,8 +60,10 @@ def test_ranks_agree_and_one_process_loads_what_they_saved(case: str, trained_by
         assert torch.equal(tensor, second["state"][name]), f"{name} differs after training"
         if name in first["start"]:
             assert not torch.equal(tensor, first["start"][name]), f"{name} did not train"
-    loaded = PeftModel.from_pretrained(LLAMA.make(), folder / "adapter", is_trainable=True)
+    architecture = MODELS[case.split("-")[0]]
+    loaded = PeftModel.from_pretrained(architecture.make(), folder / "adapter", is_trainable=True)
     for name, parameter in loaded.named_parameters():
         if parameter.requires_grad:
             assert torch.equal(parameter, first["state"][name])
-    torch.testing.assert_close(logits(loaded, LLAMA), logits(trained_alone(), LLAMA), rtol=1e-3, atol=1e-3)
+    expected = logits(trained_alone(architecture), architecture)
+    torch.testing.assert_close(logits(loaded, architecture), expected, rtol=1e-3, atol=1e-3)

@@ -9,8 +9,9 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from architectures import BY_NAME
+from architectures import BY_NAME, Architecture
 from helpers import half
+from moes import MIXTRAL
 from peft import get_peft_model
 from peft.utils.other import fsdp_auto_wrap_policy
 from torch import nn
@@ -19,7 +20,7 @@ from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.distributed.fsdp.wrap import transformer_auto_wrap_policy
 from torch.nn.parallel import DistributedDataParallel
 
-LLAMA = BY_NAME["llama"]
+MODELS: dict[str, Architecture] = {"llama": BY_NAME["llama"], "mixtral": MIXTRAL}
 STEPS = 2
 
 Wrapped = tuple[nn.Module, Callable[[], dict[str, torch.Tensor]]]  # and what gathers its full state dict
@@ -60,18 +61,18 @@ WRAPPERS: dict[str, Callable[[nn.Module], Wrapped]] = {
 }
 
 
-def train(kind: str, base_weights: str, folder: Path) -> None:
+def train(architecture: Architecture, kind: str, base_weights: str, folder: Path) -> None:
     """Fuses, trains on this rank's share of every batch, and writes what this rank ends up with."""
     rank, world = dist.get_rank(), dist.get_world_size()
     folder.mkdir(parents=True, exist_ok=True)
-    base = LLAMA.make()
+    base = architecture.make()
     torch.manual_seed(100 + rank)  # ranks whose fusing drew from the global generator would come to differ
-    model = get_peft_model(base, half(LLAMA, base_weights=base_weights))
+    model = get_peft_model(base, half(architecture, base_weights=base_weights))
     start = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
     wrapped, gather = WRAPPERS[kind](model)
     optimizer = torch.optim.AdamW([p for p in wrapped.parameters() if p.requires_grad], lr=1e-2)
     for step in range(STEPS):
-        batch = {k: v.chunk(world)[rank] for k, v in LLAMA.batch(labels=True, seed=step, size=4).items()}
+        batch = {k: v.chunk(world)[rank] for k, v in architecture.batch(labels=True, seed=step, size=4).items()}
         wrapped(**batch).loss.backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -86,8 +87,8 @@ def main(folder: str, *cases: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
     for case in cases:
-        kind, base_weights = case.split("-")
-        train(kind, base_weights, Path(folder, case))
+        name, kind, base_weights = case.split("-")
+        train(MODELS[name], kind, base_weights, Path(folder, case))
     dist.destroy_process_group()
 
 

@@ -106,11 +106,14 @@ def test_places_that_are_taken(tmp_path):
     (tmp_path / "empty").mkdir()
     (tmp_path / "link").symlink_to(tmp_path / "other")
     check_free(tmp_path / "empty", overwrite=False)
+    check_free(tmp_path / "nowhere" / "at" / "all", overwrite=False)
+    assert sorted(os.listdir(tmp_path)) == ["empty", "file", "link", "other"]
     for name, overwrite, told in (
         ("file", True, "a file or a link"),
         ("link", True, "a file or a link"),
         ("other", False, "exists already"),
         ("other", True, "no model to overwrite"),
+        ("file/small", False, "nothing can be written in .*file"),
     ):
         with pytest.raises(ValueError, match=told):
             check_free(tmp_path / name, overwrite)

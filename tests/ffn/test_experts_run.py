@@ -44,7 +44,7 @@ def test_tokens_and_weights_are_those_of_the_router(moe):
         [experts],
         inputs=lambda routed, tensor: parts.append(tensor),
         hidden=lambda routed, tensor: parts.append(tensor),
-        outputs=lambda routed, tensor: seen.update({routed.expert: (routed, *parts[-2:], tensor)}),
+        outputs=lambda routed, tensor: seen.update({routed.name: (routed, *parts[-2:], tensor)}),
     ):
         experts.module(x) if moe is LLAMA4 else experts.module(x, index, weights)
     assert list(seen) == [f"{experts.name}.{i}" for i in (0, 2, 3)]
@@ -63,8 +63,8 @@ def test_gradients_by_what_an_expert_puts_out_have_the_routers_weight_in_them():
     leaves: dict[str, Tensor] = {}
 
     def note(routed: Routed, out: Tensor) -> Tensor:
-        leaves[routed.expert] = out.detach().requires_grad_()
-        return leaves[routed.expert].clone()
+        leaves[routed.name] = out.detach().requires_grad_()
+        return leaves[routed.name].clone()
 
     with capture_experts([experts], outputs=note):
         experts.module(x, index, weights).sum().backward()

@@ -52,7 +52,7 @@ def test_layouts_that_make_no_sense(layout):
 
 def test_same_names_with_other_shapes_are_no_ffn():
     holder = nn.Module()
-    holder.fc1, holder.fc2 = nn.Linear(8, 24), nn.Linear(12, 8)
+    holder.fc1, holder.fc2 = nn.Linear(8, 24), nn.Linear(10, 8)
     assert not find_ffns(holder)
 
 

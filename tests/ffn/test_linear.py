@@ -7,7 +7,7 @@ import torch
 from architectures import ARCHITECTURES, BY_NAME
 from torch import nn
 
-from peft_fusion.ffn import by_projection, find_activation, find_ffns, projection_tensors, read_ffn, run_ffn
+from peft_fusion.ffn import FFNLayout, by_projection, find_activation, find_ffns, projection_tensors, read_ffn, run_ffn
 
 
 def by_the_formula(weights, activation, x: torch.Tensor) -> torch.Tensor:
@@ -50,3 +50,10 @@ def test_activation_that_the_layout_does_not_name():
     del ffn.holder.activation_fn
     with pytest.raises(ValueError, match=r"activation of the FFN .* was not found .*FFNLayout\(..., activations="):
         find_activation(ffn)
+
+
+def test_the_half_that_is_activated_comes_first():
+    layout = FFNLayout(("a",), "b", stacked=True, gate_last=True)
+    rows = torch.arange(6.0)
+    assert [piece.tolist() for piece in layout.split(rows)] == [[3, 4, 5], [0, 1, 2]]
+    assert torch.equal(layout.join(layout.split(rows)), rows)

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import warnings
+
 import pytest
 import torch
 import transformers as tf
 from architectures import ARCHITECTURES, BY_NAME
+from model_types.build import tiny_config
+from torch import nn
 
 from peft_fusion import FusionConfig, fuse
 from peft_fusion.ffn import config_widths, find_ffns
@@ -60,3 +64,39 @@ def test_part_of_the_layers_cannot_be_stated():
     with pytest.warns(UserWarning, match="`config.intermediate_size` now have different widths"):
         place.apply()
     assert llama.config.intermediate_size == 64
+
+
+def gemma3n() -> tf.Gemma3nForCausalLM:
+    config = tiny_config(tf.Gemma3nTextConfig)
+    return tf.Gemma3nForCausalLM(config)
+
+
+def test_lists_state_the_width_of_each_layer(tmp_path):
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*could not be exported.*|.*stock transformers cannot.*")
+        model = fuse(gemma3n(), FusionConfig(ratio=0.5, layers_to_transform=[1]))
+    assert model.config.intermediate_size == [80, 40]
+    model.save_pretrained(tmp_path)
+    stock = tf.Gemma3nForCausalLM.from_pretrained(tmp_path)
+    assert [ffn.width for ffn in find_ffns(stock)] == [80, 40]
+
+
+def test_a_config_that_adjusts_its_width_is_taken_at_its_word():
+    model = tf.Lfm2ForCausalLM(tiny_config(tf.Lfm2Config))
+    (place,) = {id(one): one for one in config_widths(model, find_ffns(model), halves(model)).values()}.values()
+    assert (place.attribute, place.also) == ("intermediate_size", (("block_auto_adjust_ff_dim", False),))
+    place.apply()
+    assert [ffn.width for ffn in find_ffns(tf.Lfm2ForCausalLM(model.config))] == list(halves(model).values())
+
+
+def test_an_attribute_that_says_more_than_the_width_is_not_changed():
+    """GLM-ASR's projector is as wide as its audio encoder's FFNs."""
+    model = tf.GlmAsrForConditionalGeneration(tiny_config(tf.GlmAsrConfig))
+    places = config_widths(model, find_ffns(model), halves(model))
+    bad = {name for name, place in places.items() if not place.states_it}
+    assert bad and all("audio_tower" in name for name in bad) and len(bad) < len(places)
+    assert all("multi_modal_projector" in places[name].problem for name in bad)
+
+
+def halves(model: nn.Module) -> dict[str, int]:
+    return {ffn.name: ffn.width // 2 for ffn in find_ffns(model)}

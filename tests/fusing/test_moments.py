@@ -51,7 +51,7 @@ def test_the_sums_of_two_ranks_add_up_to_those_of_one(share):
     ranks = [summed(g[:share], y[:share]), summed(g[share:], y[share:])]
     for rank in ranks:
         rank.reshift(g.double().mean(0), y.double().mean(0))
-    for name in ("gram", "cross", "sum", "sum_out", "power", "tokens"):
+    for name in ("gram", "cross", "sum", "sum_out", "power", "total"):
         setattr(ranks[0], name, getattr(ranks[0], name) + getattr(ranks[1], name))
     check(ranks[0], g, y, 1e-5)
 

@@ -70,7 +70,7 @@ def test_the_sums_of_two_ranks_add_up_to_those_of_one(shares):
     mean = sum(rank.mean * rank.tokens for rank in ranks) / 1000
     for rank in ranks:
         rank.reshift(mean)
-    for name in ("product", "sum", "tokens"):
+    for name in ("product", "sum", "total"):
         setattr(ranks[0], name, getattr(ranks[0], name) + getattr(ranks[1], name))
     expected = hidden.double().T.cov(correction=0)
     assert float(((ranks[0].covariance - expected) / spread(expected)).abs().max()) < 1e-5

@@ -24,7 +24,6 @@ class _Backend(_DummyBackendModule):
         return [torch.bfloat16, torch.float16]
 
 
-
 _setup_privateuseone_for_python_backend("pretended", _Backend())
 DEVICE = torch.device("pretended", 0)
 aten = torch.ops.aten
@@ -61,10 +60,18 @@ class OnDevice(Tensor):
     @staticmethod
     def __new__(cls, held: Tensor) -> OnDevice:
         made = Tensor._make_wrapper_subclass(
-            cls, held.shape, strides=held.stride(), storage_offset=held.storage_offset(), dtype=held.dtype, device=DEVICE
+            cls,
+            held.shape,
+            strides=held.stride(),
+            storage_offset=held.storage_offset(),
+            dtype=held.dtype,
+            device=DEVICE,
         )
         made.held = held
         return made
+
+    def tolist(self) -> list[Any]:
+        return self.cpu().tolist()
 
     def __repr__(self, **given: Any) -> str:
         return f"OnDevice({self.held!r})"

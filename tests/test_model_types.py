@@ -1,0 +1,33 @@
+"""Every model type of transformers that has a tiny model: the whole life of an adapter, or a refusal by name."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+
+import pytest
+from model_types.build import classes
+from model_types.known import OUTCOMES, read
+from model_types.life import live
+from model_types.table import table
+
+KNOWN = read()
+TRIED = [name for name, life in KNOWN.items() if life.outcome != "untried" and name in classes()]
+
+
+@pytest.mark.parametrize("model_type", TRIED)
+def test_the_life_of_an_adapter(model_type, tmp_path):
+    assert live(model_type, tmp_path) == KNOWN[model_type]
+
+
+def test_what_is_known_of_types(capsys):
+    counts = Counter(life.outcome for life in KNOWN.values())
+    with capsys.disabled():
+        print(f"\n{len(KNOWN)} model types: {dict(counts)}")
+    assert counts["works"] + counts["adapter"] > 150 and counts.keys() <= OUTCOMES.keys()
+    assert all(life.reason for life in KNOWN.values() if life.outcome != "works" or life.kept)
+
+
+def test_the_table_in_the_documentation_is_of_these():
+    page = Path(__file__).parents[1] / "docs" / "model_types.md"
+    assert page.read_text() == table(KNOWN), "run `python -m model_types.table` in tests/"
