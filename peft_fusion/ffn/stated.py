@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -77,7 +78,7 @@ def state_widths(model: nn.Module, widths: Mapping[str, int]) -> StatedWidths:
             raise ValueError(
                 f"No checkpoint of {stock.__name__} can state that the FFN {changed[0].name!r} is "
                 f"{wanted[changed[0].name]} wide: its config has no attribute for the width. Keep the adapter, or "
-                "leave this FFN out with `exclude_modules`."
+                f"leave out with `exclude_modules` what has none: {_named(changed)}."
             )
         value = stated_value([(own, wanted[ffn.name]) for ffn, own in governed])
         if changed and value is not None:
@@ -95,6 +96,12 @@ def state_widths(model: nn.Module, widths: Mapping[str, int]) -> StatedWidths:
             "leave these FFNs out with `exclude_modules`."
         )
     return stated
+
+
+def _named(ffns: list[AnyFFN], limit: int = 6) -> str:
+    """The names of FFNs, those of layers that are alike once, for messages."""
+    names = list(dict.fromkeys(re.sub(r"\.\d+(?=\.|$)", ".N", ffn.name) for ffn in ffns))
+    return ", ".join(names[:limit]) + (f" and {len(names) - limit} more" if len(names) > limit else "")
 
 
 def _by_place(model: Any, ffns: list[AnyFFN]) -> list[tuple[list[str], list[tuple[AnyFFN, WidthPlace]]]]:

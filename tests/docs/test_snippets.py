@@ -91,7 +91,15 @@ def place(stand_ins, tmp_path, monkeypatch):
 @pytest.fixture
 def unchecked(monkeypatch):
     """Exports are not loaded in fresh processes, which takes seconds each; the tests of `export` do that."""
-    monkeypatch.setattr(importlib.import_module("peft_fusion.export"), "check_reload", lambda *args: 0.0)
+    importlib.import_module("peft_fusion.cli")
+    places = [
+        name
+        for name, module in sys.modules.items()
+        if name.startswith("peft_fusion.") and "check_reload" in vars(module)
+    ]
+    assert len(places) > 1
+    for name in places:
+        monkeypatch.setattr(sys.modules[name], "check_reload", lambda *args: 0.0)
 
 
 def names() -> dict:

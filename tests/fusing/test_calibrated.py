@@ -142,6 +142,21 @@ def test_elimination_removes_the_neuron_whose_refit_costs_least(width, monkeypat
     assert eliminate(hidden.T @ hidden / 100, out, width).tolist() == list(kept)
 
 
+@pytest.mark.parametrize("width", [96, 24])
+def test_elimination_in_float32_is_as_good_as_in_float64(width):
+    """Of strongly correlated activations of very different sizes, where rounding would show."""
+    hidden = draw(600, 40, seed=1) @ draw(40, 192, seed=2) + 0.01 * draw(600, 192, seed=3)
+    hidden = (hidden * torch.logspace(-3, 1, 192)).double()
+    out = draw(192, 16, seed=4).double()
+
+    def error(dtype: torch.dtype) -> float:
+        kept = eliminate((hidden.T @ hidden / 600).to(dtype), out, width)
+        fitted = torch.linalg.lstsq(hidden[:, kept], hidden @ out).solution
+        return float((hidden[:, kept] @ fitted - hidden @ out).norm())
+
+    assert error(torch.float32) == pytest.approx(error(torch.float64), rel=0.02)
+
+
 def test_elimination_drops_what_others_make_up_for_and_not_what_is_small():
     hidden = draw(200, 4, seed=1)
     hidden = torch.cat([hidden, hidden[:, :1] * 3, hidden[:, 1:2] * 0.2], dim=1)  # 4 repeats 0, 5 repeats 1
