@@ -22,7 +22,7 @@ from peft_fusion.fusing.calibrated import fuse_calibrated
 from peft_fusion.fusing.methods import narrow_by
 from peft_fusion.fusing.settle import settle
 from peft_fusion.fusing.statistics import FFNStatistics
-from peft_fusion.observe.fisher import FisherSum, drawn_likelihood, fisher_information
+from peft_fusion.observe.fisher import FisherSum, draws_of, drawn_likelihood, fisher_information
 from peft_fusion.observe.networks import Network
 from peft_fusion.tuner.experts import NarrowExperts
 from peft_fusion.tuner.handover import Calibrated, handed_over
@@ -144,11 +144,10 @@ def test_the_metric_is_that_of_the_layers_output_times_the_routing_weight(moe):
         found = fisher_information(network, sequences, seed=0)
     experts = find_experts(model)[-1]
     expected = torch.zeros(experts.count, 32, 32)
-    generator = torch.Generator().manual_seed(0)
     model.requires_grad_(True)
     for sequence in sequences:
         with seen(experts.module) as calls:
-            (16 * drawn_likelihood(network, sequence, generator)).backward()
+            (16 * drawn_likelihood(network, sequence, draws_of(sequence, 0))).backward()
         (_, chosen, weights, output), *_ = calls
         for index in range(experts.count):
             tokens, place = torch.where(chosen == index)
