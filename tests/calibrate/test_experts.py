@@ -22,7 +22,7 @@ from peft_fusion.fusing.calibrated import fuse_calibrated
 from peft_fusion.fusing.methods import narrow_by
 from peft_fusion.fusing.settle import settle
 from peft_fusion.fusing.statistics import FFNStatistics
-from peft_fusion.observe.fisher import FisherSum, draws_of, drawn_likelihood, fisher_information
+from peft_fusion.observe.fisher import FisherSum, drawn_likelihood, draws_of, fisher_information
 from peft_fusion.observe.networks import Network
 from peft_fusion.tuner.experts import NarrowExperts
 from peft_fusion.tuner.handover import Calibrated, handed_over
