@@ -79,8 +79,9 @@ class Mixture:
         self.options = options
         self.model, tokenizer = load_mixture(options.model, options.layers, 2 if options.smoke else None)
         self.encodes = bool(self.model.config.is_encoder_decoder)
-        found = (self._examples(blocks(tokenizer, texts, options.block)) for texts in load_texts(options.text))
-        train, held_out = found
+        some = 8 if options.smoke else None
+        texts = [part[:some] for part in load_texts(options.text)]
+        train, held_out = (self._examples(blocks(tokenizer, part, options.block)) for part in texts)
         if not (train and held_out):
             raise InputError(f"--text {options.text}: too short for blocks of {options.block} tokens")
         self.train = draw(train, BATCH * (options.steps + options.recovery) + options.calibration)

@@ -1,4 +1,4 @@
-"""Mixtures of experts: upcycled ones compute what the dense model does; removing experts leaves the salient ones."""
+"""Upcycled mixtures compute what the dense model does, and removing experts leaves the salient ones."""
 
 from __future__ import annotations
 
