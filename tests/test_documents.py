@@ -77,6 +77,13 @@ def test_the_readme_is_read_in_five_minutes():
     assert len(read("README.md").split()) <= 900
 
 
+@pytest.mark.parametrize("page", ["README.md", "docs/models.md"])
+def test_the_number_of_model_types_is_that_of_the_list(page):
+    counts = [int(count) for count in re.findall(r"^\|.*\| (\d+) \|$", read("docs/model_types.md"), re.M)]
+    (told,) = re.findall(r"(\d{3}) of (?:transformers' )?(\d{3})\b", read(page))
+    assert told == (str(counts[0]), str(sum(counts)))
+
+
 @pytest.mark.parametrize("wanted", WANTED)
 def test_what_people_look_for_is_found_in_two_clicks(wanted):
     """The README has the words that one would look for, beside a link to a page that has the answer."""

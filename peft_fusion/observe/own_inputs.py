@@ -116,7 +116,8 @@ def _is_causal_lm(model: nn.Module) -> bool:
 
 def _sample_text(model: Any, vocabulary: int, size: int, length: int, generator: torch.Generator) -> Tensor:
     """Text sampled at temperature 1, half of it from the start token and half from random ones: (size, length)."""
-    device = next(model.parameters()).device
+    devices = (parameter.device for parameter in model.parameters())  # "meta" where a weight is on disk
+    device = next((device for device in devices if device.type != "meta"), torch.device("cpu"))
     start = torch.randint(0, vocabulary, (size, 1), generator=generator)
     if getattr(model.config, "bos_token_id", None) is not None:
         start[: size // 2] = model.config.bos_token_id
