@@ -241,7 +241,7 @@ def test_whatever_ends_it_early_leaves_nothing(tmp_path, unchanged, monkeypatch,
     def end(*args, **kwargs):
         raise stop
 
-    monkeypatch.setattr(ROOM, "card", end)
+    monkeypatch.setattr(sys.modules["peft_fusion.export.written"], "card", end)
     with pytest.raises(type(stop) if isinstance(stop, OSError) else stop):
         unchecked(model, tmp_path / "small")
     check()
@@ -250,10 +250,10 @@ def test_whatever_ends_it_early_leaves_nothing(tmp_path, unchanged, monkeypatch,
 
 def test_a_checkpoint_that_computes_something_else_is_not_left(tmp_path, monkeypatch):
     wrong = (torch.zeros(1, 16, 99), {})
-    monkeypatch.setattr(checking, "reloaded", lambda jobs: [wrong])
+    monkeypatch.setattr(checking, "reloaded", lambda *_: [wrong])
     with pytest.raises(RuntimeError, match="differ from the fused"):
         export(fused(), tmp_path / "small")
-    monkeypatch.setattr(checking, "reloaded", lambda jobs: [(wrong[0], {"missing_keys": ["lm_head.weight"]})])
+    monkeypatch.setattr(checking, "reloaded", lambda *_: [(wrong[0], {"missing_keys": ["lm_head.weight"]})])
     with pytest.raises(RuntimeError, match="lm_head.weight"):
         export(fused(), tmp_path / "small")
     assert list(tmp_path.iterdir()) == []

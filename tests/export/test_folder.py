@@ -62,7 +62,9 @@ def test_killed_at_any_moment_a_whole_folder_is_there(tmp_path):
 
 def test_killed_before_the_first_one_is_whole_nothing_is_there(tmp_path, monkeypatch):
     model, target = LLAMA.make(), tmp_path / "small"
-    monkeypatch.setattr(sys.modules["peft_fusion.export"], "card", lambda *args: os.kill(os.getpid(), signal.SIGKILL))
+    monkeypatch.setattr(
+        sys.modules["peft_fusion.export.written"], "card", lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+    )
     _, status = os.waitpid(in_a_process(lambda: export(model, target, check=False)), 0)
     assert os.WTERMSIG(status) == signal.SIGKILL
     assert not target.exists()
