@@ -49,8 +49,8 @@ def stock_config(model: Any) -> PreTrainedConfig:
 
 
 def on_meta(kind: type[PreTrainedModel], config: PreTrainedConfig) -> Any:
-    """A model without weights."""
-    with torch.device("meta"):
+    """A model without weights; some draw random numbers on the CPU all the same, which are given back."""
+    with torch.random.fork_rng(devices=[]), torch.device("meta"):
         return kind(config)
 
 
