@@ -73,8 +73,11 @@ def tiny(model_type: str, seed: int = 0) -> nn.Module:
     torch.manual_seed(seed)
     model = getattr(tf, classes()[model_type])(tiny_config(CONFIG_MAPPING[model_type])).eval()
     with torch.no_grad():  # biases start at zero, which would hide mistakes with them
-        for parameter in model.parameters():
+        for parameter in (parameter for parameter in model.parameters() if parameter.requires_grad):
             parameter.add_(0.02 * torch.randn_like(parameter))
+        for module in model.modules():
+            if isinstance(module, nn.Embedding) and module.padding_idx is not None:
+                module.weight[module.padding_idx] = 0  # as it is when it is loaded
     return model
 
 

@@ -59,7 +59,8 @@ def main() -> None:
         seconds = time.process_time() - start
         print(f"{model_type}: {life.outcome} in {seconds:.1f} s {life.reason[:200]}", flush=True)
         known = {**(read() if FILE.exists() else {}), model_type: life}
-        rows = (f"{json.dumps(name)}: {json.dumps(asdict(one))}" for name, one in sorted(known.items()))
+        listed = [(name, known[name]) for name in sorted(known) if name in classes()]
+        rows = (f"{json.dumps(name)}: {json.dumps(asdict(one))}" for name, one in listed)
         FILE.write_text("{\n" + ",\n".join(rows) + "\n}\n")
     print(dict(Counter(life.outcome for life in read().values())))
 
