@@ -60,7 +60,7 @@ class Holder(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         pieces = [self.get_submodule(path)(x) for path in self.layout.in_projections]
         if self.layout.stacked:
-            pieces = list(pieces[0].chunk(2, dim=-1))
+            pieces = list(self.layout.split(pieces[0], -1))
         hidden = self.get_submodule(self.layout.activations[0])(pieces[0])
         return self.get_submodule(self.layout.out_projection)(hidden * pieces[1] if len(pieces) == 2 else hidden)
 
@@ -73,7 +73,8 @@ class Holder(nn.Module):
             if path == self.layout.out_projection:
                 return [*found, weight.T]
             tensors = [weight] if module.bias is None else [weight, module.bias.data.unsqueeze(1)]
-            halves = [half for tensor in tensors for half in tensor.chunk(2)] if self.layout.stacked else tensors
+            stacked = self.layout.stacked
+            halves = [half for tensor in tensors for half in self.layout.split(tensor)] if stacked else tensors
             found += halves
         raise AssertionError
 
