@@ -37,6 +37,7 @@ from transformers import PreTrainedModel, TrainingArguments, default_data_collat
 
 from peft_fusion import FusionConfig, calibrate, distill, fidelity, tune_layers
 from peft_fusion.distill.setting import LEARNING_RATE
+from peft_fusion.fusing.precision import has_fast_bfloat16
 from peft_fusion.observe.divergence import kl_divergences
 from peft_fusion.observe.own_inputs import OWN_LENGTH
 
@@ -54,7 +55,7 @@ from quality_variants import LAYERS, VARIANTS  # noqa: E402
 
 LENGTH = 256  # tokens of a sequence of data; the model's own have OWN_LENGTH
 TUNING_TOKENS, TUNING_STEPS = 2**16, 600
-BATCH_SEQUENCES = 16  # of a step of `distill`, of the model's own text; a quarter as many where they are longer
+STEP_TOKENS = 1024  # of a step of `distill`
 TUNED = ("fusion", "pruning by saliency, refit")
 
 Row = dict[str, Any]
@@ -86,6 +87,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--distill", type=int, default=0, metavar="TOKENS", help="also `distill`, on so many tokens of that text")
     add("--epochs", type=int, default=1, help="of the distillation")
     add("--learning-rate", type=float, help="of the distillation")
+    add("--own-length", type=int, default=OWN_LENGTH, help="tokens of own sequences to distil on (default: %(default)s)")
     add("--tune", action="store_true", help=f"also `tune_layers`, for {' and '.join(TUNED)}")
     add("--json", type=Path, metavar="FILE", help="keep finished rows here")
     add("--plot", type=Path, metavar="FILE", help="perplexity against width")
@@ -127,7 +129,9 @@ class SmolLM2:
         for ratio in options.ratios[:1] if options.smoke else options.ratios:
             for name in options.variants:
                 key = f"{options.text} {name} {options.layers} {ratio} {options.seed}"
-                key += f" {options.distill} x {options.epochs} at {options.learning_rate}" if options.distill else ""
+                if options.distill:
+                    length = "" if options.own_length == OWN_LENGTH else f" by {options.own_length}"
+                    key += f" {options.distill} x {options.epochs} at {options.learning_rate}{length}"
                 if key not in done:
                     done[key] = {"variant": name, "layers": options.layers, "ratio": ratio, "seed": options.seed}
                     done[key] |= self.row(name, ratio)
@@ -201,12 +205,12 @@ class SmolLM2:
         with tempfile.TemporaryDirectory() as folder:
             args = TrainingArguments(
                 output_dir=folder,
-                per_device_train_batch_size=BATCH_SEQUENCES if options.text == "own" else BATCH_SEQUENCES // 4,
+                per_device_train_batch_size=STEP_TOKENS // (options.own_length if options.text == "own" else LENGTH),
                 learning_rate=options.learning_rate or LEARNING_RATE,
                 lr_scheduler_type="cosine",
                 warmup_steps=0.05,
                 num_train_epochs=options.epochs,
-                bf16=True,
+                bf16=has_fast_bfloat16(self.model.device),
                 eval_strategy="steps",
                 eval_steps=0.125,
                 save_strategy="no",
@@ -227,7 +231,8 @@ class SmolLM2:
             texts = other_text() if options.text == "other" else load_texts()[0]
             pieces = blocks(self.tokenizer, texts, LENGTH)[: 8 if small else None]
             return [{"input_ids": torch.tensor([piece["input_ids"]])} for piece in pieces]
-        return own_text(self.model, -(-options.distill // OWN_LENGTH), options.json, seed=1000 + options.seed)
+        sequences, seed = -(-options.distill // options.own_length), 1000 + options.seed
+        return own_text(self.model, sequences, options.json, seed, options.own_length)
 
     def tune(self, fused: PeftModel) -> Row:
         """What `tune_layers(objective="ffn")` makes of it."""

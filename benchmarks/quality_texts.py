@@ -12,11 +12,11 @@ from peft_fusion.observe.own_inputs import OWN_LENGTH, own_inputs
 
 
 def own_text(
-    model: PreTrainedModel, sequences: int, results: Path | None, seed: int = 0
+    model: PreTrainedModel, sequences: int, results: Path | None, seed: int = 0, length: int = OWN_LENGTH
 ) -> list[dict[str, torch.Tensor]]:
     """What the model samples itself; kept beside the finished rows, as it takes minutes."""
-    kept = results.with_suffix(f".own{sequences}x{OWN_LENGTH}.{seed}.safetensors") if results else None
-    return own_inputs(model, sequences, OWN_LENGTH, seed, kept)
+    kept = results.with_suffix(f".own{sequences}x{length}.{seed}.safetensors") if results else None
+    return own_inputs(model, sequences, length, seed, kept)
 
 
 def other_text() -> list[str]:
