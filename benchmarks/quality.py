@@ -87,7 +87,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--distill", type=int, default=0, metavar="TOKENS", help="also `distill`, on so many tokens of that text")
     add("--epochs", type=int, default=1, help="of the distillation")
     add("--learning-rate", type=float, help="of the distillation")
-    add("--own-length", type=int, default=OWN_LENGTH, help="tokens of own sequences to distil on (default: %(default)s)")
+    add("--own-length", type=int, default=OWN_LENGTH, help="tokens of own sequences to distil on")
     add("--tune", action="store_true", help=f"also `tune_layers`, for {' and '.join(TUNED)}")
     add("--json", type=Path, metavar="FILE", help="keep finished rows here")
     add("--plot", type=Path, metavar="FILE", help="perplexity against width")

@@ -154,6 +154,7 @@ REFUSED = [
     (("fuse", "{base}", "{}/small", "--calibrate", "{}/short.txt"), "less than one sequence"),
     (("fuse", "{base}", "{}/small", "--calibrate", "{}/latin.txt"), "no plain text in UTF-8"),
     (("fuse", "{base}", "{}/small", "--sequences", "8"), "--calibrate, which is not given"),
+    (("fuse", "{base}", "{}/small", "--length", "8"), "--length 8 is of --calibrate and --distill"),
     (("fuse", "{}/damaged", "{}/small"), "a safetensors file is damaged"),
     (("fuse", "{base}", "{}/small", "--calibrate", "own", "--length", "99999"), "reads at most"),
     (("compare", "{base}", "{base}", "--length", "99999"), "reads at most"),
@@ -236,8 +237,9 @@ def test_fuse_by_a_budget_and_distil(run, base, tmp_path, text, inputs, monkeypa
     widths = [now for _, now in json.loads(out)["widths"].values()]
     assert sum(widths) <= 96 and all(width % 8 == 0 for width in widths)
     ((_, data), settings, found) = calls[0]
-    assert settings == {"tokens": 800, "seed": 0} and (data is None) == (inputs == "own")
-    assert found.sequences + found.held_out == (13 if inputs == "own" else 50)
+    length = 16 if inputs == "own" else None  # the file is cut to it already
+    assert settings == {"tokens": 800, "length": length, "seed": 0} and (data is None) == (inputs == "own")
+    assert found.sequences + found.held_out == 50
 
 
 def test_a_budget_needs_a_calibration(run, base, tmp_path):

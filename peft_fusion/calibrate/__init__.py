@@ -19,7 +19,7 @@ from ..ffn import require_originals, width_steps, with_own_width
 from ..fusing.settle import check_calibratable
 from ..observe.batches import Batch
 from ..observe.networks import Network, fusion_layers
-from ..observe.own_inputs import OWN_LENGTH
+from ..observe.own_inputs import OWN_LENGTH, check_unused
 from ..observe.unwrap import unwrapped
 from ..tuner.config import FusionConfig
 from ..tuner.handover import Calibrated, Fingerprint, hand_over
@@ -39,7 +39,7 @@ def calibrate(
     dataloader: Iterable[Batch] | None = None,
     *,
     sequences: int | None = None,
-    length: int = OWN_LENGTH,
+    length: int | None = None,
     ffns_per_pass: int | None = None,
     memory: int | None = None,
     own_text: str | Path | None = None,
@@ -80,7 +80,7 @@ def calibrate(
             inputs, a causal LM by sampling text, another by random tokens.
         sequences: how many sequences to use at most, on all ranks together; every fourth is held out to choose by.
             None: 128 of the data loader's, or 512 of the model's own.
-        length: tokens in each of the model's own sequences.
+        length: tokens in each of the model's own sequences. None: 64.
         ffns_per_pass: how many FFNs to work on at once, all experts of a layer as one: less memory, more passes. None:
             all of them.
         memory: bytes that all of this may take, on device and host together, instead of `ffns_per_pass`; the
@@ -97,8 +97,7 @@ def calibrate(
     _check_numbers(sequences=sequences, length=length, ffns_per_pass=ffns_per_pass, memory=memory)
     if ffns_per_pass is not None and memory is not None:
         raise ValueError("`memory` says how many FFNs are worked on at once, and so does `ffns_per_pass`; give one.")
-    if dataloader is not None and own_text is not None:
-        raise ValueError("`own_text` keeps what the model samples where there is no `dataloader`; give one of them.")
+    check_unused({"own_text": own_text, "length": length}, dataloader, "dataloader")
     host = unwrapped(model)
     adapter = None if config is not None else adapter_of(host)
     plan, config = _plan(host, config, adapter)
@@ -106,7 +105,7 @@ def calibrate(
     size = ffns_per_pass or len(plan) if memory is None else most_at_once((p.ffn for p in plan), memory)
     fingerprints = {p.ffn.name: Fingerprint.of(p) for p in plan}
     with network.running():
-        inputs = Inputs.of(network, dataloader, sequences, length, config.seed, own_text)
+        inputs = Inputs.of(network, dataloader, sequences, length or OWN_LENGTH, config.seed, own_text)
         narrowing = Narrowing(network, plan, inputs, asked_recipe(config), size)
         if config.allocation == "fisher" and adapter is None:
             fixed = with_own_width((p.ffn for p in plan), config.width_pattern)

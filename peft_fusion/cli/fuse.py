@@ -11,6 +11,7 @@ from typing import Annotated, Any
 import torch
 import typer
 from peft import get_peft_model
+from torch import Tensor
 
 from ..calibrate import calibrate as calibrate_model
 from ..distill import distill as distill_model
@@ -21,7 +22,7 @@ from ..fusing.methods import METHODS
 from ..observe.own_inputs import OWN_LENGTH
 from ..tuner.config import ALLOCATIONS, FusionConfig
 from .models import check_length, load_adapter, load_model, load_tokenizer, model_on_meta, text_batches
-from .options import Check, Dtype, Json, Length, Original, Out, Overwrite, Precision, Trust, layer_numbers, show
+from .options import Check, Dtype, Json, Original, Out, Overwrite, Precision, Trust, layer_numbers, show
 
 Allocation = Enum("Allocation", {name: name for name in ALLOCATIONS}, type=str)  # type: ignore[misc]
 Method = Enum("Method", {name: name for name in METHODS}, type=str)  # type: ignore[misc]
@@ -39,7 +40,10 @@ def fuse(
         typer.Option(help='Text file to calibrate on, or "own" for text that the model samples; without, no data.'),
     ] = None,
     sequences: Annotated[int | None, typer.Option(help="Sequences to calibrate on.", min=4)] = None,
-    length: Length = OWN_LENGTH,
+    length: Annotated[
+        int | None,
+        typer.Option(help=f"Tokens of a sequence, of --calibrate and --distill; {OWN_LENGTH} unless given.", min=2),
+    ] = None,
     allocation: Annotated[
         Allocation,
         typer.Option(help="Of the neurons: uniform, or fisher: where they count, after --calibrate."),
@@ -83,12 +87,14 @@ def fuse(
     check_free(out.absolute(), overwrite)
     if calibrate is None and sequences is not None:
         raise ValueError(f"--sequences {sequences} is of --calibrate, which is not given. Add it, or leave this out.")
+    if calibrate is None and distill is None and length is not None:
+        raise ValueError(f"--length {length} is of --calibrate and --distill; add one of them, or leave this out.")
     file = Path(calibrate) if calibrate not in (None, OWN) else None
     if file is not None and not file.is_file():
         raise ValueError(f'--calibrate {file}: no such file. Give a text file, or "{OWN}".')
     bare = model_on_meta(model, trust)
     if calibrate is not None or distill is not None:
-        check_length(bare, length)
+        check_length(bare, length or OWN_LENGTH)
     tokenizer = load_tokenizer(model, needed=False)
     one_by_one = calibrate is None and distill is None and fused_by_itself(find_all(bare), config)
     away = None
@@ -102,14 +108,19 @@ def fuse(
             done = export_fused(loaded, config, out, tokenizer=tokenizer, overwrite=overwrite, check=check)
         else:
             if calibrate is not None:
-                batches = text_batches(file, model, sequences or 128, length) if file else None
-                calibrate_model(loaded, config, batches, sequences=sequences, length=length)
+                batches = text_batches(file, model, sequences or 128, length or OWN_LENGTH) if file else None
+                calibrate_model(loaded, config, batches, sequences=sequences, length=None if file else length)
             fused = get_peft_model(loaded, config)
             if distill is not None:
-                data = text_batches(file, model, -(-distill // length), length) if file else None
-                distill_model(fused, data, tokens=distill, seed=seed)
+                data = _to_distill(file, model, distill, length or OWN_LENGTH) if file else None
+                distill_model(fused, data, tokens=distill, length=None if file else length, seed=seed)
             done = export(fused, out, tokenizer=tokenizer, overwrite=overwrite, check=check)
     show(done, summary(done), json)
+
+
+def _to_distill(file: Path, model: str, tokens: int, length: int) -> list[dict[str, Tensor]]:
+    """As many sequences of a file as make up so many tokens."""
+    return text_batches(file, model, -(-tokens // length), length)
 
 
 def _made(folder: Path) -> Path:

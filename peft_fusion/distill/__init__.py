@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +17,7 @@ from transformers import PrinterCallback, TrainerCallback, TrainingArguments
 
 from ..observe.batches import Batch
 from ..observe.networks import pair
+from ..observe.own_inputs import OWN_LENGTH, check_unused
 from ..observe.shared_layers import SharedLayers, shared_layers
 from .predictions import OUTPUTS, Predictions, chosen_outputs, original_shown
 from .sequences import Sequences, collate, given_sequences, own_sequences, split
@@ -59,6 +60,7 @@ def distill(
     outputs: str = "auto",
     args: TrainingArguments | None = None,
     callbacks: Sequence[TrainerCallback] = (),
+    length: int | None = None,
     own_text: str | Path | None = None,
     seed: int = 0,
 ) -> Distilled:
@@ -87,6 +89,7 @@ def distill(
         args: `Trainer`'s arguments; all of them apply. None: one epoch of AdamW in one cosine from 2e-4, 16 sequences
             a step, in bfloat16 where that is fast.
         callbacks: for `Trainer`.
+        length: tokens in each of the sampled sequences. None: 64.
         own_text: a `.safetensors` file that the sampled text is written to, or read from if it exists.
         seed: of the sampled text and, without `args`, of the order.
 
@@ -98,12 +101,13 @@ def distill(
             the model takes.
         RuntimeError: if the original weights were dropped and no teacher is given.
     """
-    _check(model, data, tokens, train, outputs, own_text, teacher)
+    _check(data, train, outputs, teacher, {"own_text": own_text, "length": length}, tokens=tokens, length=length)
+    _check_engine(args)
     original, fused = pair(model, teacher, each_ffn=False)
     host = fused.model
     with original.running():
         examples = (
-            own_sequences(original, tokens or OWN_TOKENS, seed, own_text)
+            own_sequences(original, tokens or OWN_TOKENS, length or OWN_LENGTH, seed, own_text)
             if data is None
             else given_sequences(original, data, tokens)
         )
@@ -165,24 +169,37 @@ def _run(trainer: Distillation, best: BestWeights) -> tuple[float, float]:
 
 
 def _check(
-    model: nn.Module,
     data: Any,
-    tokens: int | None,
     train: str,
     outputs: str,
-    own_text: str | Path | None,
     teacher: nn.Module | None,
+    sampled: Mapping[str, Any],
+    **numbers: Any,
 ) -> None:
     """Refuses what cannot be, before anything is done."""
     for name, value, known in (("train", train, TRAINED), ("outputs", outputs, OUTPUTS)):
         if value not in known:
             raise ValueError(f"`{name}` must be one of {', '.join(known)}, but got {value!r}.")
-    if tokens is not None and (isinstance(tokens, bool) or not isinstance(tokens, int) or tokens < 1):
-        raise ValueError(f"`tokens` must be an integer of at least 1, but got {tokens!r}.")
-    if data is not None and own_text is not None:
-        raise ValueError("`own_text` keeps what the model samples where there is no `data`; give one of them.")
+    for name, value in numbers.items():
+        if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+            raise ValueError(f"`{name}` must be an integer of at least 1, but got {value!r}.")
+    check_unused(sampled, data, "data")
     if train == "all" and teacher is None:
         raise ValueError(
             '`train="all"` would change the original, which is the same model. Give a `teacher` of its own, or use '
             '`train="adapters"` with LoRA beside the narrow FFNs.'
+        )
+
+
+def _check_engine(args: TrainingArguments | None) -> None:
+    """Refuses an engine under which the original and the narrow model cannot be one model.
+
+    Raises:
+        ValueError: naming it.
+    """
+    plugin: Any = getattr(args, "deepspeed_plugin", None)
+    if plugin is not None and plugin.zero_stage == 3:
+        raise ValueError(
+            "`distill` runs two models of the same modules, which DeepSpeed ZeRO-3 does not know of when it fetches "
+            "weights. Use DDP or FSDP, or distil in processes that hold all of the model."
         )

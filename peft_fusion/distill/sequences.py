@@ -14,7 +14,7 @@ from torch.utils.data import Dataset
 from ..observe import ranks
 from ..observe.batches import Batch, check_batch, single_sequences, token_mask, unlabelled
 from ..observe.networks import Network
-from ..observe.own_inputs import OWN_LENGTH, own_inputs
+from ..observe.own_inputs import own_inputs
 
 HELD_OUT, MOST_HELD_OUT = 16, 64
 """One sequence in so many is held out, but no more than so many of them."""
@@ -36,10 +36,10 @@ def split(sequences: Sequence[Example]) -> tuple[list[Example], list[Example]]:
     return [s for i, s in enumerate(sequences) if i not in judged], [sequences[i] for i in sorted(judged)]
 
 
-def own_sequences(network: Network, tokens: int, seed: int, file: str | Path | None) -> list[Example]:
-    """As many as make up so many tokens, made by the original itself."""
-    count = max(2, -(-tokens // OWN_LENGTH))
-    batches = own_inputs(network.model, count, OWN_LENGTH, seed, file)
+def own_sequences(network: Network, tokens: int, length: int, seed: int, file: str | Path | None) -> list[Example]:
+    """As many of a length as make up so many tokens, made by the original itself."""
+    count = max(2, -(-tokens // length))
+    batches = own_inputs(network.model, count, length, seed, file)
     joined = {key: ranks.joined_over_ranks(torch.cat([batch[key] for batch in batches])) for key in batches[0]}
     return list(_sequences(joined))
 

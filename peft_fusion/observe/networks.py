@@ -19,7 +19,7 @@ from ..tuner.layer import FusionLayer
 from ..tuner.narrow import NarrowProjection
 from ..tuner.showing import showing
 from .batches import Batch
-from .unwrap import unwrapped
+from .unwrap import require_whole, unwrapped
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,12 @@ class Network:
 
     @contextmanager
     def running(self) -> Iterator[None]:
-        """In eval mode, nothing requiring a gradient, its FFNs shown; all is as it was afterwards."""
+        """In eval mode, nothing requiring a gradient, its FFNs shown; all is as it was afterwards.
+
+        Raises:
+            ValueError: if each process holds a part of its weights.
+        """
+        require_whole(self.model)
         training = {module: module.training for module in self.model.modules()}
         trainable = {name: parameter.requires_grad for name, parameter in self.model.named_parameters()}
         try:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,22 @@ SmolLM2 calibrated on 512 sequences of 64 tokens of its own has a perplexity 3 %
 BATCH_SIZE = 256  # decoding is bound by reading the weights: more at once is faster
 CACHE_SHARE = 0.5  # keys and values of a batch take at most so much of what the model's weights take
 RUN_SIZE = 64  # sequences of a batch that is given out
+
+
+def check_unused(given: Mapping[str, Any], data: object, name: str) -> None:
+    """Refuses settings of a model's own inputs beside data.
+
+    Args:
+        given: the settings, None where nothing was asked for.
+        data: None if the model makes its inputs.
+        name: of the argument that the data came in.
+
+    Raises:
+        ValueError: naming the setting.
+    """
+    for setting, value in given.items():
+        if data is not None and value is not None:
+            raise ValueError(f"`{setting}` is of what the model samples where there is no `{name}`; give one of them.")
 
 
 def own_inputs(

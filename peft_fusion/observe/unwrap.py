@@ -1,4 +1,4 @@
-"""The host model beneath all that PEFT, accelerate and Trainer put around it."""
+"""The host model beneath all that PEFT, accelerate and Trainer put around it, held whole by each process."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ from accelerate.utils import extract_model_from_parallel
 from peft import PeftMixedModel, PeftModel
 from peft.tuners.tuners_utils import BaseTuner
 from torch import nn
+from torch.distributed.fsdp import FullyShardedDataParallel
+from torch.distributed.tensor import DTensor
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
@@ -24,3 +26,27 @@ def unwrapped(model: nn.Module) -> nn.Module:
         if isinstance(model, BaseTuner):
             model = model.model
     return model
+
+
+def require_whole(model: nn.Module) -> None:
+    """Refuses a model of whose weights each process holds a part.
+
+    Args:
+        model: the model, without wrappers.
+
+    Raises:
+        ValueError: naming what has parted them.
+    """
+    how = None
+    if any(hasattr(parameter, "ds_id") for parameter in model.parameters()):
+        how = "DeepSpeed ZeRO-3"
+    elif any(isinstance(parameter, DTensor) for parameter in model.parameters()) or any(
+        isinstance(module, FullyShardedDataParallel) for module in model.modules()
+    ):
+        how = "FSDP or tensor parallelism"
+    if how:
+        raise ValueError(
+            f"Each process holds only a part of the weights of this {type(model).__name__} ({how}), and here a model "
+            "is looked at as a whole. Do this where a process holds all of it, save the adapter, and load that in "
+            "every process of the sharded training (docs/scale.md)."
+        )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import random
+from types import SimpleNamespace
 
 import numpy
 import pytest
@@ -11,6 +12,7 @@ import torch
 from architectures import ARCHITECTURES, BY_NAME
 from helpers import half, logits
 from peft import LoraConfig, PeftMixedModel, get_peft_model
+from safetensors.torch import load_file
 from torch.utils.data import DataLoader, Dataset
 from transformers import TrainerCallback, TrainingArguments
 
@@ -175,6 +177,19 @@ def test_without_data_it_samples_and_keeps_the_text(tmp_path, capsys):
     assert "eval_loss" not in capsys.readouterr().out
 
 
+def test_sampled_sequences_are_as_long_as_asked_for(tmp_path):
+    file = tmp_path / "own.safetensors"
+    distill(narrow(), tokens=100, length=10, own_text=file, args=arguments(tmp_path, max_steps=1))
+    assert load_file(file)["input_ids"].shape == (10, 10)
+
+
+def test_an_engine_that_parts_weights_is_refused(tmp_path):
+    args = arguments(tmp_path)
+    args.deepspeed_plugin = SimpleNamespace(zero_stage=3)
+    with pytest.raises(ValueError, match="DeepSpeed ZeRO-3 does not know of"):
+        distill(narrow(), batches(LLAMA), args=args)
+
+
 def test_tokens_bound_the_data(tmp_path):
     found = distill(narrow(), batches(LLAMA), tokens=70, args=arguments(tmp_path, max_steps=1))
     assert found.sequences + found.held_out == 10
@@ -313,7 +328,9 @@ def test_it_resumes_from_a_checkpoint(tmp_path):
         ({"outputs": "loss"}, "`outputs` must be one of auto, logits, hidden_states"),
         ({"tokens": 0}, "`tokens` must be an integer of at least 1"),
         ({"train": "all"}, "would change the original.*Give a `teacher`"),
-        ({"data": [], "own_text": "x.safetensors"}, "give one of them"),
+        ({"length": 0}, "`length` must be an integer of at least 1"),
+        ({"data": [], "own_text": "x.safetensors"}, "`own_text` is of what the model samples.*give one of them"),
+        ({"data": [], "length": 8}, "`length` is of what the model samples.*give one of them"),
         ({"data": []}, "at least 2 sequences.*got 0"),
         ({"data": [{"input_ids": torch.ones(1, 4).long()}]}, "at least 2 sequences.*got 1"),
         ({"data": ["text"]}, "A batch must be a mapping"),

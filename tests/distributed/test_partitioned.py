@@ -12,6 +12,7 @@ from helpers import half, logits
 from peft import get_peft_model
 from torch import nn
 
+from peft_fusion import calibrate, distill, fidelity, tune_layers
 from peft_fusion.ffn import find_ffns
 
 LLAMA = BY_NAME["llama_bias"]
@@ -57,3 +58,24 @@ def test_weights_that_cannot_be_gathered_or_offloaded_are_refused(monkeypatch):
     monkeypatch.setattr("peft_fusion.ffn.storage.gather_params_ctx", gathered)
     with pytest.raises(ValueError, match="whose weight is partitioned over processes"):
         get_peft_model(model, half(LLAMA, base_weights="offload"))
+
+
+@pytest.mark.parametrize(
+    "use",
+    [
+        lambda model: calibrate(model, dataloader=[LLAMA.batch()] * 4),
+        lambda model: tune_layers(model, [LLAMA.batch()] * 4),
+        lambda model: fidelity(model, [LLAMA.batch()] * 4),
+        lambda model: distill(model, [LLAMA.batch()] * 4),
+    ],
+    ids=["calibrate", "tune_layers", "fidelity", "distill"],
+)
+def test_what_looks_at_the_whole_model_says_that_it_is_not_there(use, monkeypatch, unchanged):
+    monkeypatch.setattr("peft_fusion.ffn.storage.gather_params_ctx", gathered)
+    model = LLAMA.make()
+    partition(model)
+    fused = get_peft_model(model, half(LLAMA))
+    check = unchanged(fused)
+    with pytest.raises(ValueError, match="holds only a part of the weights of this LlamaForCausalLM .DeepSpeed ZeRO-3"):
+        use(fused)
+    check()

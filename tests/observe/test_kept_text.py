@@ -57,5 +57,6 @@ def test_calibrate_keeps_it(tmp_path):
     calibrate(second, config, sequences=8, length=8, own_text=file)
     (a, *_), (b, *_) = (handed_over(model).narrow.values() for model in (first, second))
     assert torch.equal(a.weights.out_weight, b.weights.out_weight)
-    with pytest.raises(ValueError, match="give one of them"):
-        calibrate(first, config, [llama.batch()] * 4, own_text=file)
+    for setting in ({"own_text": file}, {"length": 8}):
+        with pytest.raises(ValueError, match="is of what the model samples.*give one of them"):
+            calibrate(first, config, [llama.batch()] * 4, **setting)
