@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from .find import FFN
+from .every import AnyFFN
 
 Listener = Callable[[str, Tensor], Tensor | None]
 Before = Callable[[nn.Module, tuple[Any, ...]], tuple[Any, ...] | None]
@@ -17,7 +17,7 @@ After = Callable[[nn.Module, tuple[Any, ...], Any], Any]
 
 @contextmanager
 def capture(
-    ffns: Iterable[FFN],
+    ffns: Iterable[AnyFFN],
     *,
     inputs: Listener | None = None,
     hidden: Listener | None = None,
@@ -28,7 +28,7 @@ def capture(
     Each listener gets the FFN's name and a tensor, and may return another to go on with in its place.
 
     Args:
-        ffns: the FFNs.
+        ffns: the FFNs; of routed experts only `outputs` tells, of all those of a layer together.
         inputs: called once a call with what goes into the in-projections, shape (..., in_dim).
         hidden: called with what goes into the out-projection, shape (..., neurons).
         outputs: called with what comes out of it, shape (..., out_dim).
@@ -38,7 +38,7 @@ def capture(
             *ins, out = ffn.projections
             if inputs is not None:
                 stack.enter_context(watch(ins, before=_first_of(ffn.name, len(ins), inputs)))
-            if hidden is not None:
+            if hidden is not None and ins:
                 stack.enter_context(watch([out], before=_told_before(ffn.name, hidden)))
             if outputs is not None:
                 stack.enter_context(watch([out], after=_told_after(ffn.name, outputs)))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 from typing import Any
 
@@ -11,14 +11,15 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from ..ffn import FFN
+from ..ffn import FFN, AnyFFN
 from ..observe.batches import Batch, check_batch, single_sequences, unlabelled
-from ..observe.networks import Network, active_narrow, linear_modules, pair
+from ..observe.networks import Network, active_narrow, pair, shown
 from ..observe.projection import Function, random_projection
 from ..progress import progress
+from ..tuner.experts import NarrowExperts
 from ..tuner.layer import FusionLayer
 from ..tuner.narrow import NarrowOutProjection
-from .errors import FFNFidelity, KernelError, NTKError, OutputError
+from .errors import NOT_FORMED, FFNFidelity, KernelError, NTKError, OutputError
 from .ntk import Kernels, tangent_kernels
 from .outputs import OutputErrors
 from .report import Fidelity
@@ -64,7 +65,8 @@ def fidelity(
         seed: of the random projection.
 
     Returns:
-        The report. Model, reference, their gradients and adapters are left as they were, after an error as well.
+        The report. Of routed experts it has widths and output errors, of those of a layer together. Model, reference,
+        their gradients and adapters are left as they were, after an error as well.
 
     Raises:
         ValueError: if there is no original to compare with, the dataloader yields nothing, or a batch is not what
@@ -83,8 +85,8 @@ def fidelity(
         raise ValueError("The dataloader yields no batch: give one that can be iterated anew, with at least one batch.")
     function = function or random_projection(fused, seed)
     kernels = [tangent_kernels(network, singles, function, memory) for network in (original, fused)]
-    ffns = [_ffn_fidelity(*ffns, errors, *kernels) for ffns in zip(original.dense, fused.dense, strict=True)]
-    whole = [sum(list(k.values())[1:], next(iter(k.values()))) for k in kernels]
+    ffns = [_ffn_fidelity(*ffns, errors, *kernels) for ffns in zip(original.ffns, fused.ffns, strict=True)]
+    whole = [_added_up(of_network, len(singles)) for of_network in kernels]
     return Fidelity(
         ffns=ffns,
         hidden_states=errors.hidden_states.error(),
@@ -106,21 +108,34 @@ def _batches(dataloader: Iterable[Batch], limit: int | None, network: Network) -
         yield unlabelled(batch, network.is_encoder_decoder)
 
 
-def _ffn_fidelity(original: FFN, fused: FFN, errors: OutputErrors, before: Any, after: Any) -> FFNFidelity:
+def _added_up(kernels: Mapping[tuple[str, str], Kernels], sequences: int) -> Kernels:
+    """The kernels over all weights; NaN where there are none, for only routed experts were compared."""
+    if not kernels:
+        nothing = torch.full((sequences, sequences), torch.nan, dtype=torch.float64)
+        return Kernels(nothing, nothing)
+    first, *others = kernels.values()
+    return sum(others, first)
+
+
+def _ffn_fidelity(original: AnyFFN, fused: AnyFFN, errors: OutputErrors, before: Any, after: Any) -> FFNFidelity:
     """The figures of one FFN."""
+    output = errors.ffns[fused.name].error()
+    if not isinstance(fused, FFN):
+        return FFNFidelity(fused.name, original.width, _narrow_width(fused), output, NOT_FORMED, {})
     paths = [path for name, path in after if name == fused.name]
     pairs = {path: (before[original.name, path], after[fused.name, path]) for path in paths}
     totals: Sequence[Kernels] = [sum(parts[1:], parts[0]) for parts in zip(*pairs.values(), strict=True)]
+    matrices = {path: _ntk_error(*kernels) for path, kernels in pairs.items()}
+    return FFNFidelity(fused.name, original.width, _narrow_width(fused), output, _ntk_error(*totals), matrices)
+
+
+def _narrow_width(fused: AnyFFN) -> int:
+    """An FFN's neurons now."""
     out = fused.projections[-1]
     narrow = active_narrow(out) if isinstance(out, FusionLayer) else None
-    return FFNFidelity(
-        name=fused.name,
-        width=original.width,
-        narrow_width=narrow.weight.shape[1] if isinstance(narrow, NarrowOutProjection) else fused.width,
-        output=errors.ffns[fused.name].error(),
-        ntk=_ntk_error(*totals),
-        matrices={path: _ntk_error(*kernels) for path, kernels in pairs.items()},
-    )
+    if isinstance(narrow, NarrowExperts):
+        return narrow.width
+    return narrow.weight.shape[1] if isinstance(narrow, NarrowOutProjection) else fused.width
 
 
 def _ntk_error(original: Kernels, fused: Kernels) -> NTKError:
@@ -135,9 +150,9 @@ def _parameters(network: Network) -> int:
             for name, parameter in network.model.named_parameters()
             if ".mlp_fusion_narrow." not in name and ".modules_to_save." not in name
         )
-        for projection in {p for ffn in network.dense for p in ffn.projections} if network.fused else ():
-            count += sum(p.numel() for m in linear_modules(projection, True) for p in m.parameters())
-            count -= sum(p.numel() for m in linear_modules(projection, False) for p in m.parameters())
+        for projection in {p for ffn in network.ffns for p in ffn.projections} if network.fused else ():
+            count += sum(p.numel() for p in shown(projection, True).parameters())
+            count -= sum(p.numel() for p in shown(projection, False).parameters())
     return count
 
 

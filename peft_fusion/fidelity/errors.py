@@ -59,17 +59,22 @@ class NTKError:
     sgd: KernelError
 
 
+_NO_ERROR = KernelError(nan, nan, nan, nan)
+NOT_FORMED = NTKError(_NO_ERROR, _NO_ERROR)
+"""Of routed experts, whose kernels are not formed."""
+
+
 @dataclass(frozen=True)
 class FFNFidelity:
-    """One FFN.
+    """One FFN, or the routed experts of a layer together.
 
     Args:
         name: its name in the model.
         width: its neurons in the original.
         narrow_width: its neurons now (all of them where its matrices are of low rank).
         output: the error of its output, given the original's inputs.
-        ntk: over its weights and biases.
-        matrices: over those of one projection; path -> errors.
+        ntk: over its weights and biases; of routed experts NaN.
+        matrices: over those of one projection; path -> errors; of routed experts none.
     """
 
     name: str

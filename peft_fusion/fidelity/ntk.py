@@ -44,7 +44,7 @@ class Kernels:
 def tangent_kernels(
     network: Network, sequences: Sequence[Batch], function: Function, memory: int
 ) -> dict[tuple[str, str], Kernels]:
-    """The kernels of every projection of a network's FFNs.
+    """The kernels of every projection of a network's dense FFNs.
 
     Args:
         network: the network; its weights are those it runs with, the narrow ones of a fused network.
@@ -60,6 +60,8 @@ def tangent_kernels(
         ValueError: if the model does not take a sequence.
     """
     kernels: dict[tuple[str, str], Kernels] = {}
+    if not network.dense:
+        return kernels
     with network.running():
         passes = _passes(network, sequences, function, memory)
         steps = progress([(ffns, i) for ffns in passes for i in range(len(sequences))], "Tangent kernels")

@@ -10,14 +10,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..ffn import FFN, capture
+from ..ffn import AnyFFN, capture
 from ..observe.batches import Batch, padding_mask
 from ..observe.divergence import kl_divergences
 from ..observe.networks import Network
 from ..observe.outputs import main_output, run_whole
 from .errors import OutputError
 
-Calls = dict[str, list[tuple[Tensor, Tensor]]]  # FFN name -> the input and the output of each of its calls
+Calls = dict[str, list[tuple[Tensor | None, Tensor]]]
+"""FFN name -> the input and the output of each of its calls; of routed experts the output alone."""
 
 
 @dataclass
@@ -84,15 +85,15 @@ class OutputErrors:
 
     def __init__(self, original: Network, fused: Network) -> None:
         self.original, self.fused = original, fused
-        self.ffns = {ffn.name: DistanceMean() for ffn in fused.dense}
+        self.ffns = {ffn.name: DistanceMean() for ffn in fused.ffns}
         self.hidden_states, self.outputs = DistanceMean(), DistanceMean()
         self.predictions = DivergenceMean()
 
     @torch.no_grad()
     def add(self, batch: Batch) -> None:
         """Runs both networks on a batch, and the fused one again with the original's inputs to every FFN."""
-        calls: Calls = {ffn.name: [] for ffn in self.original.dense}
-        with self.original.running(), _recording(self.original.dense, calls):
+        calls: Calls = {ffn.name: [] for ffn in self.original.ffns}
+        with self.original.running(), _recording(self.original.ffns, calls):
             expected = run_whole(self.original, batch)
         with self.fused.running():
             found = run_whole(self.fused, batch)
@@ -105,32 +106,36 @@ class OutputErrors:
                 mean.add(ours, theirs, padding_mask(batch, ours.shape, self.fused.is_encoder_decoder))
 
     def _following(self, calls: Calls, batch: Batch) -> AbstractContextManager[None]:
-        """Feeds every FFN the original's inputs, measures its outputs, and passes the original's outputs on."""
+        """Feeds every FFN the original's inputs, measures its outputs, and passes the original's outputs on.
+
+        Routed experts get the original's inputs as all that comes before them has put out what the original does.
+        """
         left = {name: iter(pairs) for name, pairs in calls.items()}
         current: dict[str, Tensor] = {}
 
         def feed(name: str, x: Tensor) -> Tensor:
             original, current[name] = next(left[name])
+            assert original is not None
             return original.to(x.device)
 
         def compare(name: str, y: Tensor) -> Tensor:
-            original = current.pop(name).to(y.device)
+            original = (current.pop(name) if name in current else next(left[name])[1]).to(y.device)
             decoder = self.fused.is_encoder_decoder and "decoder" in name.split(".")
             self.ffns[name].add(y, original, padding_mask(batch, y.shape, decoder))
             return original  # so that a router behind this FFN sends the same tokens to the same experts
 
-        return capture(self.fused.dense, inputs=feed, outputs=compare)
+        return capture(self.fused.ffns, inputs=feed, outputs=compare)
 
 
-def _recording(ffns: Sequence[FFN], calls: Calls) -> AbstractContextManager[None]:
-    """Notes the input and the output of every call of every FFN."""
+def _recording(ffns: Sequence[AnyFFN], calls: Calls) -> AbstractContextManager[None]:
+    """Notes the input, of dense ones, and the output of every call of every FFN."""
     inputs: dict[str, Tensor] = {}
 
     def note_input(name: str, x: Tensor) -> None:
         inputs[name] = x
 
     def note_output(name: str, y: Tensor) -> None:
-        calls[name].append((inputs.pop(name), y.clone()))  # some models add to it in place
+        calls[name].append((inputs.pop(name, None), y.clone()))  # some models add to it in place
 
     return capture(ffns, inputs=note_input, outputs=note_output)
 

@@ -23,7 +23,7 @@ class Fidelity:
         hidden_states: the error of the hidden states behind the last layer.
         outputs: the error of the logits (a feature model's: of its hidden states).
         divergence: KL(original || fused) of the predictions, in nats a position; NaN where there are no logits.
-        ntk: over the weights and biases of all compared FFNs.
+        ntk: over the weights and biases of all compared FFNs but routed experts; NaN if there is no other.
         batches: batches that the output errors are means over.
         sequences: sequences that the kernels are over.
         parameters: of the original and the fused model, the scale folded in.

@@ -13,8 +13,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from ..ffn import FFN, AnyFFN, find_ffns
-from ..tuner.experts import ExpertsLayer
+from ..ffn import FFN, AnyFFN, find_all
 from ..tuner.layer import FusionLayer
 from ..tuner.narrow import NarrowProjection
 from ..tuner.showing import showing
@@ -125,24 +124,24 @@ def fusion_layers(model: nn.Module) -> list[FusionLayer]:
     return [module for module in model.modules() if isinstance(module, FusionLayer)]
 
 
-def routed_experts(model: nn.Module) -> list[ExpertsLayer]:
-    """Those of a model's fusion layers that stand in for routed experts, and show narrow ones."""
-    layers = (layer for layer in fusion_layers(model) if isinstance(layer, ExpertsLayer))
-    return [layer for layer in layers if active_narrow(layer) is not None]
-
-
 def active_narrow(layer: FusionLayer) -> nn.Module | None:
     """The narrow projection that a layer shows, or None if none of its adapters is active."""
     active: Any = layer.active_adapters
     return next((layer.mlp_fusion_narrow[name] for name in active if name in layer.mlp_fusion_narrow), None)
 
 
+def shown(projection: nn.Module, fused: bool) -> nn.Module:
+    """What stands in the place of a projection, or of routed experts: the original or, if asked for, a narrow one."""
+    if not isinstance(projection, FusionLayer):
+        return projection
+    narrow = active_narrow(projection) if fused else None
+    return projection.original_layer if narrow is None else narrow
+
+
 def linear_modules(projection: nn.Module, fused: bool) -> list[nn.Module]:
     """The modules that hold a projection's weights: the original's or, for a fused one, the narrow ones."""
-    if isinstance(projection, FusionLayer):
-        narrow = active_narrow(projection) if fused else None
-        projection = narrow if narrow is not None else projection.original_layer
-    return [module for module in projection.modules() if isinstance(module, (nn.Linear, Conv1D, NarrowProjection))]
+    kinds = (nn.Linear, Conv1D, NarrowProjection)
+    return [module for module in shown(projection, fused).modules() if isinstance(module, kinds)]
 
 
 def pair(model: nn.Module, reference: nn.Module | None, each_ffn: bool = True) -> tuple[Network, Network]:
@@ -165,14 +164,9 @@ def pair(model: nn.Module, reference: nn.Module | None, each_ffn: bool = True) -
         raise ValueError(
             "The fusion adapter is merged, so that its narrow FFNs are not in place. Call `unmerge_adapter()` first."
         )
-    fused = [ffn for ffn in find_ffns(model) if carries_adapter(ffn)]
+    fused = [ffn for ffn in find_all(model) if carries_adapter(ffn)]
     if reference is None:
-        if not fused and routed_experts(model) and each_ffn:
-            raise ValueError(
-                f"The fusion adapter of {type(model).__name__} narrows routed experts alone, which cannot be looked at "
-                "one by one yet. Fuse shared experts or dense layers with them, or give the original as `reference`."
-            )
-        if not fused and not routed_experts(model):
+        if not fused:
             raise ValueError(
                 f"{type(model).__name__} has no active fusion adapter, so there is no original to compare it with. "
                 "Give the original model as `reference`."
@@ -181,8 +175,8 @@ def pair(model: nn.Module, reference: nn.Module | None, each_ffn: bool = True) -
             layer.require_originals()
         return Network(model, fused, False), Network(model, fused, True)
     reference = unwrapped(reference)
-    originals = {ffn.name: ffn for ffn in find_ffns(reference)}
-    fused = fused or _of_other_width(find_ffns(model), originals)
+    originals = {ffn.name: ffn for ffn in find_all(reference)}
+    fused = fused or _of_other_width(find_all(model), originals)
     missing = [ffn.name for ffn in fused if ffn.name not in originals]
     if missing or (each_ffn and not fused):
         raise ValueError(
@@ -198,7 +192,7 @@ def carries_adapter(ffn: AnyFFN) -> bool:
     return isinstance(out, FusionLayer) and active_narrow(out) is not None
 
 
-def _of_other_width(ffns: list[FFN], originals: Mapping[str, FFN]) -> list[FFN]:
+def _of_other_width(ffns: list[AnyFFN], originals: Mapping[str, AnyFFN]) -> list[AnyFFN]:
     """The FFNs whose width is not the original one's; all of them if there is none."""
     narrow = [ffn for ffn in ffns if ffn.name in originals and originals[ffn.name].width != ffn.width]
     return narrow or ffns

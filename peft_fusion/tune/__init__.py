@@ -69,6 +69,11 @@ def tune_layers(
             raise ValueError(f"`{name}` must be above 0, but got {value!r}.")
     original, fused = pair(model, teacher)
     if objective == "ffn":
+        if not fused.dense:
+            raise ValueError(
+                f"The fusion adapter of {type(fused.model).__name__} narrows routed experts alone, which cannot be "
+                'tuned one by one. Use `objective="hidden_states"`, or `distill`.'
+            )
         return tune_ffn_outputs(original, fused, dataloader, learning_rate or 0.03, steps or 500, tokens, seed)
     if dataloader is None:
         raise ValueError(f'`objective="{objective}"` needs a `dataloader`; only "ffn" does without.')

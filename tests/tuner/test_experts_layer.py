@@ -15,7 +15,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from peft_fusion import FusionConfig, calibrate, fidelity, fuse
+from peft_fusion import FusionConfig, calibrate, fuse, tune_layers
 from peft_fusion.ffn import find_all, find_experts, read_experts
 from peft_fusion.tuner.experts import ExpertsLayer, NarrowExperts
 from peft_fusion.tuner.layer import FusionLayer
@@ -412,7 +412,7 @@ def test_dense_ffns_beside_experts_can_be_calibrated():
     assert config.fused_by["calibration"] and not narrow_experts(fused)
 
 
-def test_fidelity_says_what_it_cannot_look_at():
+def test_tuning_says_what_it_cannot_tune():
     fused = get_peft_model(MIXTRAL.make(), half(MIXTRAL))
     with pytest.raises(ValueError, match="narrows routed experts alone"):
-        fidelity(fused, [MIXTRAL.batch()])
+        tune_layers(fused, [MIXTRAL.batch()])
