@@ -122,7 +122,7 @@ def find_ffns(model: nn.Module) -> list[FFN]:
     for name, module in model.named_modules():
         if hasattr(module, "base_layer"):  # what lies inside an adapter layer is not a part of the model
             continue
-        layout = next((layout for layout in LAYOUTS if _has_layout(module, layout)), None)
+        layout = next((layout for layout in LAYOUTS if _may_have(module, layout) and _has_layout(module, layout)), None)
         if layout is not None:
             found.append(FFN(name, layout, module))
     return found
@@ -176,6 +176,14 @@ def _attribute(module: nn.Module, path: str) -> object | None:
         if found is None:
             return None
     return found
+
+
+def _may_have(module: nn.Module, layout: FFNLayout) -> bool:
+    """Whether a module holds the first part of the way to an out-projection: a look that rules most modules out.
+
+    One that finds attributes by code of its own, as PEFT's wrappers do, may have any.
+    """
+    return layout.first in module._modules or type(module).__getattr__ is not nn.Module.__getattr__
 
 
 def _has_layout(module: nn.Module, layout: FFNLayout) -> bool:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -38,6 +39,11 @@ class FFNLayout:
     def paths(self) -> tuple[str, ...]:
         """All of its paths, the out-projection's last."""
         return (*self.in_projections, self.out_projection)
+
+    @cached_property
+    def first(self) -> str:
+        """What the holder has to hold for the out-projection to be there."""
+        return self.out_projection.partition(".")[0]
 
     @property
     def gated(self) -> bool:
