@@ -16,8 +16,8 @@ from torch.utils.data import Dataset
 from transformers import PrinterCallback, TrainerCallback, TrainingArguments
 
 from ..observe.batches import Batch
-from ..observe.networks import pair
 from ..observe.own_inputs import OWN_LENGTH, check_unused
+from ..observe.pair import pair
 from ..observe.shared_layers import SharedLayers, shared_layers
 from .predictions import OUTPUTS, Predictions, chosen_outputs, original_shown
 from .sequences import Sequences, collate, given_sequences, own_sequences, split

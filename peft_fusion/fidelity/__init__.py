@@ -13,7 +13,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from ..ffn import FFN, AnyFFN
 from ..observe.batches import Batch, check_batch, single_sequences, unlabelled
-from ..observe.networks import Network, active_narrow, pair, shown
+from ..observe.networks import Network, active_narrow, shown
+from ..observe.pair import pair
 from ..observe.projection import Function, random_projection
 from ..progress import progress
 from ..tuner.experts import NarrowExperts

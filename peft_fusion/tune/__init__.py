@@ -8,7 +8,7 @@ from accelerate import Accelerator
 from torch import nn
 
 from ..observe.batches import Batch
-from ..observe.networks import pair
+from ..observe.pair import pair
 from .ffn_outputs import tune_ffn_outputs
 from .hidden_states import tune_hidden_states
 

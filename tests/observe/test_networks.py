@@ -11,7 +11,8 @@ from peft import LoraConfig, PeftMixedModel, get_peft_model
 from torch import nn
 
 from peft_fusion.ffn import find_ffns
-from peft_fusion.observe.networks import Network, is_out_of_memory, pair
+from peft_fusion.observe.networks import Network, is_out_of_memory
+from peft_fusion.observe.pair import pair
 from peft_fusion.observe.unwrap import unwrapped
 
 LLAMA = BY_NAME["llama"]

@@ -8,7 +8,7 @@ from architectures import BY_NAME
 from peft import get_peft_model
 
 from peft_fusion import FusionConfig
-from peft_fusion.observe.networks import pair
+from peft_fusion.observe.pair import pair
 from peft_fusion.tune import student as student_module
 from peft_fusion.tune.student import NOISE, Student, _lessons, fit
 

@@ -11,7 +11,7 @@ from helpers import half, logits
 from peft import get_peft_model
 
 from peft_fusion import FusionConfig, fuse
-from peft_fusion.observe.networks import pair
+from peft_fusion.observe.pair import pair
 from peft_fusion.tune import ffn_outputs, tune_layers
 from peft_fusion.tune.ffn_outputs import METRIC_SEQUENCES
 from peft_fusion.tune.hidden_states import _hidden_states, hidden_state_error
