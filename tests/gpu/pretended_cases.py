@@ -62,7 +62,7 @@ def test_fused_there_is_as_fused_on_the_cpu(name: str, calibrated: bool, device:
     for model in (architecture.make(attn_implementation="eager"), made(architecture)):
         config = half(architecture)
         if calibrated:
-            calibrate(model, config, batches(architecture, 4))
+            calibrate(model, config, batches(architecture, 2))
         fused.append(get_peft_model(model, config))
     for tensor in (*fused[1].parameters(), *fused[1].buffers()):
         assert tensor.device == DEVICE

@@ -61,8 +61,8 @@ def test_calibrated(where, allocation, tmp_path):
     config = FusionConfig(ratio=0.5, allocation=allocation, multiple_of=4)
     other = FusionConfig(ratio=0.5, allocation=allocation, multiple_of=4)
     here, there = LLAMA.make(), away(where, tmp_path)
-    calibrate(here, config, batches())
-    calibrate(there, other, batches(), ffns_per_pass=1)
+    calibrate(here, config, batches(3))
+    calibrate(there, other, batches(3), ffns_per_pass=1)
     expected = logits(get_peft_model(here, config), LLAMA)
     torch.testing.assert_close(logits(get_peft_model(there, other), LLAMA), expected)
     assert config.fused_widths == other.fused_widths
