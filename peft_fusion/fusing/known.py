@@ -73,17 +73,17 @@ class KnownFFN:
         Returns:
             Float64, with the outputs in the metric's coordinates; about means if the FFN has an out-bias.
         """
-        mean, w = self.statistics.mean.to(self.inputs.device), self.seen_weight.double()
+        mean, w = self.statistics.mean.to(self.inputs.device), self.seen_weight
         gram, cross = mean.new_empty(len(kept), len(kept)), mean.new_empty(len(kept), w.shape[1])
         biased = self.weights.out_bias is not None
         for start in range(0, len(kept), CHUNK):
             part = slice(start, start + CHUNK)
             rows = self.statistics.covariance_rows(kept[part].to(self.statistics.sum.device)).to(w)
             if not biased:
-                rows.addr_(mean[kept[part]], mean)
-            gram[part] = rows[:, kept]
-            torch.mm(rows, w, out=cross[part])
-        return Moments(gram, cross, mean[kept] if biased else None, mean @ w if biased else None)
+                rows.addr_(mean[kept[part]].to(w), mean.to(w))
+            gram[part] = rows[:, kept].double()
+            cross[part] = (rows @ w).double()  # the rows are sums in float32, so no digit is lost
+        return Moments(gram, cross, mean[kept] if biased else None, mean @ w.double() if biased else None)
 
     def held_out_moments(
         self, narrow: FFNWeights, scale: Tensor | None = None, tokens: slice = slice(None)

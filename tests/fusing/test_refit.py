@@ -8,6 +8,7 @@ from test_calibrated import DIM, WIDTH, draw, gather, make, outputs, plain, sett
 from torch import Tensor
 from torch.nn.functional import gelu, silu
 
+from peft_fusion.fusing import refit as module
 from peft_fusion.fusing.activations import look_inside
 from peft_fusion.fusing.calibrated import fuse_calibrated
 from peft_fusion.fusing.moments import Moments, MomentSums, SampleMoments
@@ -164,3 +165,17 @@ def test_a_neurons_size_does_not_matter_to_the_others(size):
         fit.out_weight[1] *= factor
         found.append(fit.out_weight)
     torch.testing.assert_close(found[1], found[0], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("tokens", [8, 16, 24, 40, 100, 300])
+def test_the_strength_is_the_best_of_all_though_not_all_are_tried(tokens, monkeypatch):
+    weights, kept = make(gated=False), torch.arange(0, WIDTH, 2)
+    few, others = (look_inside(weights, gelu, draw(n, DIM, seed=n)).hidden for n in (tokens, 2000))
+    moments = kept_moments(few, weights.out_weight, kept, bias=False)
+    arguments = moments, weights.out_weight[kept], moments_of(others[:, kept], others @ weights.out_weight)
+    tried = []
+    original = module._fit
+    monkeypatch.setattr(module, "_fit", lambda *given: tried.append(given[-1]) or original(*given))
+    found = refit(*arguments)
+    errors = {strength: original(*arguments, strength).error for strength in module.STRENGTHS}
+    assert found.error == min(errors.values()) == errors[found.strength] and len(tried) < len(errors)
