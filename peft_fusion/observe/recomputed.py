@@ -6,11 +6,11 @@ holds the weights of that layer alone, for they are fetched once more, too.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 
 from ..ffn import find_all
@@ -44,8 +44,6 @@ class Recomputed:
         forward = layer.forward
 
         def run(*args: Any, **kwargs: Any) -> Any:
-            if not _differentiable(args) and not _differentiable(kwargs.values()):
-                return forward(*args, **kwargs)  # the first layer: its graph begins where FFNs put something out
             calls = 0
 
             def compute(*args: Any, **kwargs: Any) -> Any:
@@ -61,11 +59,6 @@ class Recomputed:
                 return checkpoint(compute, *args, use_reentrant=False, **kwargs)
 
         return run
-
-
-def _differentiable(values: Iterable[Any]) -> bool:
-    """Whether a gradient is to be taken through any of a layer's inputs."""
-    return any(isinstance(value, Tensor) and value.requires_grad for value in values)
 
 
 def _layers(model: nn.Module) -> Iterator[nn.Module]:
