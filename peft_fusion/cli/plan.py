@@ -17,6 +17,7 @@ from ..calibrate.inputs import OWN_SEQUENCES
 from ..calibrate.memory import bound, making
 from ..ffn import AnyFFN, Experts, find_all, networks_of, parameters_of
 from ..fusing.gradient_kernels import BLOCK_MEMORY
+from ..fusing.statistics import SAMPLE_TOKENS
 from ..observe.batches import MOST_LENGTH
 from ..observe.fisher import METRIC_SEQUENCES
 from ..observe.own_inputs import OWN_LENGTH
@@ -25,8 +26,11 @@ SHARD = 5 * 10**9
 CLUSTERING = 4300.0
 """Operations per pair of neurons that clustering takes the time of, beside the Gram matrix (docs/results.md)."""
 
-ELIMINATION = 1.7
-"""Operations per neuron cubed: an inverse, and its updates."""
+ELIMINATION = 3.0
+"""Products per neuron cubed that an inverse and its updates take the time of (docs/results.md)."""
+
+STRENGTHS_TRIED = 5
+"""Of the ridge, for each choice of neurons."""
 
 BATCH = 1024
 """Tokens of a forward pass, and of a step of training."""
@@ -132,9 +136,15 @@ def _calibrating(model: Any, ffns: Sequence[AnyFFN], ratio: float, at_once: int,
         n, kept, count = ffn.width, ratio * ffn.width, len(networks_of(ffn))
         products = count * _share(model, ffn) * 1.5 * tokens * n**2  # of three tokens in four
         search = ffn.out_dim * n**2 + CLUSTERING * n**2 + ELIMINATION * n**3
-        refit = 3 * (7 / 3 * kept**3 + 2 * n * kept * (ffn.out_dim + ffn.in_dim))
-        of_ffns += products + count * (search + refit)
+        of_ffns += products + count * (search + _refitting(n, kept, ffn.out_dim))
     return passes + of_ffns
+
+
+def _refitting(n: int, kept: float, out_dim: int) -> float:
+    """Operations of fitting three choices of neurons; in float64, which is half as fast, all that depends on `kept`."""
+    solution = kept**3 / 3 + 6 * kept**2 * out_dim  # the system's decomposition, its solution, and the error of it
+    held_out = 2 * SAMPLE_TOKENS * kept * (kept + out_dim)
+    return 3 * (2 * (STRENGTHS_TRIED * solution + held_out) + 2 * n * kept * out_dim)
 
 
 def _activations(model: Any, ffns: Sequence[AnyFFN]) -> int:
