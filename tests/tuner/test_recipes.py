@@ -30,7 +30,7 @@ def make(architecture, recipe: str, ratio: float = 0.5):
     model, config = architecture.make(), half(architecture, **RECIPES[recipe])
     config.ratio = ratio
     if recipe.startswith("calibrated"):
-        calibrate(model, config, [architecture.batch(labels=True, seed=seed, size=8) for seed in range(4)])
+        calibrate(model, config, [architecture.batch(labels=True, seed=seed, size=8) for seed in range(2)])
     fused = get_peft_model(model, config)
     assert not hasattr(fused.get_base_model(), "_mlp_fusion_calibration")  # used, hence freed
     return fused, config
