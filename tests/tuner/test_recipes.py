@@ -93,7 +93,7 @@ def test_saved_configuration_says_what_auto_came_to():
         "representative": "neuron",
         "refit": "ridge",
         "scale": "ntk",
-        "calibration": "32 sequences of data",
+        "calibration": "16 sequences of data",
     }
 
 
