@@ -15,7 +15,7 @@ from transformers.utils import logging
 
 from ..fusing.precision import has_fast_bfloat16
 from ..observe import ranks
-from ..observe.networks import active_narrow, fusion_layers
+from ..observe.networks import active_narrow, every_parameter, fusion_layers
 
 TRAINED = ("narrow", "adapters", "all")
 CHECKS = 8  # how often a run of which nothing is said looks at the held-out sequences
@@ -63,7 +63,7 @@ def training(bare: nn.Module, host: nn.Module, train: str, teacher: nn.Module | 
     checkpointed = getattr(host, "is_gradient_checkpointing", False)
     prepared = "_is_accelerate_prepared" in vars(bare)
     modes = {module: module.training for module in bare.modules()}
-    before = {name: (parameter.requires_grad, parameter.grad) for name, parameter in host.named_parameters()}
+    before = {name: (parameter.requires_grad, parameter.grad) for name, parameter in every_parameter(host)}
     names = _trained_names(host, train, teacher)
     if not names:
         raise ValueError(f'`train="{train}"` leaves nothing to train: no parameter of the model is of that kind.')
@@ -73,7 +73,7 @@ def training(bare: nn.Module, host: nn.Module, train: str, teacher: nn.Module | 
             parameter.grad = None
         yield sorted(names)
     finally:
-        for name, parameter in host.named_parameters():
+        for name, parameter in every_parameter(host):
             flag, gradient = before[name]
             parameter.requires_grad_(flag)
             parameter.grad = gradient

@@ -64,13 +64,13 @@ class Network:
         """
         require_whole(self.model)
         training = {module: module.training for module in self.model.modules()}
-        trainable = {name: parameter.requires_grad for name, parameter in self.model.named_parameters()}
+        trainable = {name: parameter.requires_grad for name, parameter in every_parameter(self.model)}
         try:
             with showing(fusion_layers(self.model), originals=not self.fused):
                 self.model.eval().requires_grad_(False)
                 yield
         finally:
-            for name, parameter in self.model.named_parameters():  # offloaded ones are new objects by now
+            for name, parameter in every_parameter(self.model):  # offloaded ones are new objects by now
                 parameter.requires_grad_(trainable[name])
             for module, mode in training.items():
                 module.training = mode
@@ -108,6 +108,11 @@ class Network:
                 f"`Trainer` would give them to it; its forward has the arguments "
                 f"{[name for name in accepted if name not in ('args', 'kwargs')][:8]}."
             ) from error
+
+
+def every_parameter(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    """A model's parameters by all of their names: tied ones are one, but no longer once they were fetched from disk."""
+    return model.named_parameters(remove_duplicate=False)
 
 
 class UnusableActivations(ValueError):

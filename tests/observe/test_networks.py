@@ -103,3 +103,16 @@ def test_nothing_to_compare_with():
     model = get_peft_model(LLAMA.make(), half(LLAMA, base_weights="discard"))
     with pytest.raises(RuntimeError, match="were dropped"):
         pair(model, None)
+
+
+def test_tied_weights_on_disk_are_run_and_left_as_they_were(tmp_path):
+    host = LLAMA.make(tie_word_embeddings=True)
+    host.save_pretrained(tmp_path / "model")
+    expected = logits(host, LLAMA)
+    model = type(host).from_pretrained(tmp_path / "model", device_map={"": "disk"}, offload_folder=tmp_path / "away")
+    before = {name: p.requires_grad for name, p in model.named_parameters(remove_duplicate=False)}
+    network = Network(model, find_ffns(model), fused=False)
+    with network.running(), torch.no_grad():
+        found = network(LLAMA.batch()).logits
+    torch.testing.assert_close(found, expected)
+    assert {name: p.requires_grad for name, p in model.named_parameters(remove_duplicate=False)} == before
