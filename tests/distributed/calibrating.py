@@ -25,7 +25,8 @@ def main(folder: str) -> None:
         torch.manual_seed(rank)  # what drew from the global generator would come to differ
         architecture = MODELS[case.architecture]
         model, config = architecture.make(), FusionConfig(ratio=0.5, **case.settings)
-        calibrate(model, config, batches(architecture)[rank::2] if case.data else None, sequences=32, length=8)
+        own = batches(architecture)[rank::2] if case.data else None
+        calibrate(model, config, own, sequences=32, length=None if case.data else 8)
         found[name] = narrow_state(get_peft_model(model, config))
     for objective in ("ffn", "hidden_states"):
         found[objective] = tuned(objective, batches(LLAMA)[rank::2])

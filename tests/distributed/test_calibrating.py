@@ -30,7 +30,7 @@ def alone(name: str, seed: int = 0) -> torch.nn.Module:
     model, config = architecture.make(), FusionConfig(ratio=0.5, seed=seed, **case.settings)
     data = batches(architecture)
     mixed = data[0::2] + data[1::2]  # in any order
-    calibrate(model, config, mixed if case.data else None, sequences=32, length=8)
+    calibrate(model, config, mixed if case.data else None, sequences=32, length=None if case.data else 8)
     return get_peft_model(model, config)
 
 
