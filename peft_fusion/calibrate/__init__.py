@@ -89,8 +89,8 @@ def calibrate(
 
     Raises:
         ValueError: if the configuration does not fit the model or cannot be calibrated, there is no adapter to renew,
-            `memory` does not suffice, there are too few batches, the model cannot take one, or activations are not
-            finite.
+            `memory` does not suffice, a setting is not of what is given, each process holds a part of the weights,
+            there are too few batches, the model cannot take one, or activations are not finite.
         RuntimeError: if the original weights were dropped.
         TypeError: if `config` is no `FusionConfig`.
     """

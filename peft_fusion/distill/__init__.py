@@ -97,8 +97,9 @@ def distill(
         The distances before and after.
 
     Raises:
-        ValueError: if there is no original to learn from, a setting is unknown, or the data holds no sequences that
-            the model takes.
+        ValueError: if there is no original to learn from, a setting is unknown or not of what is given, each process
+            holds a part of the weights (or DeepSpeed ZeRO-3 would have it so), or the data holds no sequences that the
+            model takes.
         RuntimeError: if the original weights were dropped and no teacher is given.
     """
     _check(data, train, outputs, teacher, {"own_text": own_text, "length": length}, tokens=tokens, length=length)

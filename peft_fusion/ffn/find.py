@@ -183,7 +183,7 @@ def _may_have(module: nn.Module, layout: FFNLayout) -> bool:
 
     One that finds attributes by code of its own, as PEFT's wrappers do, may have any.
     """
-    return layout.first in module._modules or type(module).__getattr__ is not nn.Module.__getattr__
+    return layout.out_attribute in module._modules or type(module).__getattr__ is not nn.Module.__getattr__
 
 
 def _has_layout(module: nn.Module, layout: FFNLayout) -> bool:

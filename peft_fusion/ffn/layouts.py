@@ -41,7 +41,7 @@ class FFNLayout:
         return (*self.in_projections, self.out_projection)
 
     @cached_property
-    def first(self) -> str:
+    def out_attribute(self) -> str:
         """What the holder has to hold for the out-projection to be there."""
         return self.out_projection.partition(".")[0]
 

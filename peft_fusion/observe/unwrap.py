@@ -6,8 +6,6 @@ from accelerate.utils import extract_model_from_parallel
 from peft import PeftMixedModel, PeftModel
 from peft.tuners.tuners_utils import BaseTuner
 from torch import nn
-from torch.distributed.fsdp import FullyShardedDataParallel
-from torch.distributed.tensor import DTensor
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
@@ -37,13 +35,10 @@ def require_whole(model: nn.Module) -> None:
     Raises:
         ValueError: naming what has parted them.
     """
-    how = None
-    if any(hasattr(parameter, "ds_id") for parameter in model.parameters()):
-        how = "DeepSpeed ZeRO-3"
-    elif any(isinstance(parameter, DTensor) for parameter in model.parameters()) or any(
-        isinstance(module, FullyShardedDataParallel) for module in model.modules()
-    ):
-        how = "FSDP or tensor parallelism"
+    marks = {"ds_id": "DeepSpeed ZeRO-3", "to_local": "FSDP2 or tensor parallelism"}  # torch may lack the classes
+    how = next((how for mark, how in marks.items() if any(hasattr(p, mark) for p in model.parameters())), None)
+    if any(hasattr(module, "_fsdp_wrapped_module") for module in model.modules()):
+        how = "FSDP"
     if how:
         raise ValueError(
             f"Each process holds only a part of the weights of this {type(model).__name__} ({how}), and here a model "

@@ -7,10 +7,13 @@ from contextlib import contextmanager
 
 import pytest
 import torch
+import torch.distributed as dist
 from architectures import BY_NAME
 from helpers import half, logits
 from peft import get_peft_model
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 
 from peft_fusion import calibrate, distill, fidelity, tune_layers
 from peft_fusion.ffn import find_ffns
@@ -79,3 +82,14 @@ def test_what_looks_at_the_whole_model_says_that_it_is_not_there(use, monkeypatc
     with pytest.raises(ValueError, match="holds only a part of the weights of this LlamaForCausalLM .DeepSpeed ZeRO-3"):
         use(fused)
     check()
+
+
+def test_a_model_sharded_by_fsdp2_is_refused_by_name(tmp_path):
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1)
+    try:
+        model = LLAMA.make()
+        fully_shard(model, mesh=init_device_mesh("cpu", (1,)))
+        with pytest.raises(ValueError, match="holds only a part of the weights.*FSDP2 or tensor parallelism"):
+            calibrate(model, half(LLAMA), [LLAMA.batch()] * 4)
+    finally:
+        dist.destroy_process_group()
