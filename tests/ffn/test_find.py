@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from architectures import BY_NAME
+from peft import LoraConfig, get_peft_model
 from torch import nn
 
 from peft_fusion.ffn import FFNLayout, find_ffns, places, register_layout
@@ -72,3 +73,8 @@ def test_places_of_modules_that_are_held_twice():
     assert found[id(layers[0].mlp.up_proj)] == ["model.layers.0.mlp.up_proj", "model.layers.2.mlp.up_proj"]
     assert found[id(layers[0])] == ["model.layers.0", "model.layers.1"]
     assert found[id(layers[0].mlp.down_proj)] == ["model.layers.0.mlp.down_proj"]
+
+
+def test_a_holder_that_another_adapter_trains_in_full_is_found_as_well():
+    model = get_peft_model(BY_NAME["llama"].make(), LoraConfig(target_modules=["q_proj"], modules_to_save=["mlp"]))
+    assert "model.layers.0.mlp" in {ffn.name for ffn in find_ffns(model.get_base_model())}
