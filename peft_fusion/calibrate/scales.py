@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..ffn import activation_of, networks_of, read_one
 from ..fusing.gradient_kernels import TokenGradients, adam_kernels
-from ..fusing.scales import fit_scales
+from ..fusing.scales import fitted_scales, rescaled
 from ..fusing.weights import NarrowFFN
 from ..observe import ranks
 from ..observe.batches import Batch
@@ -26,7 +26,7 @@ from ..progress import progress
 from ..tuner.plan import AnyPlanned
 from .inputs import Inputs
 from .pieces import Piece, pieces_of
-from .share import share_results
+from .share import share_numbers
 from .stand_ins import standing_in
 
 MOST_TOKENS = 1024
@@ -57,7 +57,7 @@ def fit_scales_of(
     if ranks.sum_of(len(sequences)) < 2:  # a kernel is between sequences
         return
     try:
-        fitted: dict[str, NarrowFFN] = {}
+        fitted: dict[str, list[float]] = {}
         for group in groups:
             fitted |= _fitted(network, group, narrow, sequences, seed)
     except NoGradients as error:
@@ -67,13 +67,14 @@ def fit_scales_of(
             stacklevel=4,
         )
         return
-    narrow.update(fitted)
+    for name, scales in fitted.items():  # one by one, so that no second set of narrow weights is ever held
+        narrow[name] = rescaled(narrow[name], scales)
 
 
 def _fitted(
     network: Network, group: list[AnyPlanned], narrow: Mapping[str, NarrowFFN], sequences: Sequence[Batch], seed: int
-) -> dict[str, NarrowFFN]:
-    """The narrow FFNs of one group with fitted scales."""
+) -> dict[str, list[float]]:
+    """The fitted scales of one group's narrow FFNs."""
     of_group = network.of([p.ffn for p in group])
     originals = _gradients(of_group, sequences, seed)
     used = sequences[: len(next(iter(originals.values())).counts)]
@@ -86,11 +87,11 @@ def _fitted(
         found = _gradients(of_group, used, seed, all_of_them=True)
     narrow_tokens = {name: _of_all_ranks(own) for name, own in found.items()}
 
-    def fit(p: Piece) -> NarrowFFN:
+    def fit(p: Piece) -> list[float]:
         name = p.ffn.name
-        return fit_scales(narrow[name], kernels[name], narrow_tokens[name], activation_of(p.ffn))
+        return fitted_scales(narrow[name], kernels[name], narrow_tokens[name], activation_of(p.ffn))
 
-    return share_results(pieces, fit, "Fitting scales")
+    return share_numbers(pieces, fit, "Fitting scales")
 
 
 def _gradients(

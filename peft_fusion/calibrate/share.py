@@ -30,6 +30,14 @@ def share_results(group: Sequence[Piece], make: Callable[[Piece], NarrowFFN], de
     return {p.ffn.name: _sent(own.get(p.ffn.name), ranks.owner(i), p) for i, p in enumerate(group)}
 
 
+def share_numbers(
+    group: Sequence[Piece], find: Callable[[Piece], list[float]], description: str
+) -> dict[str, list[float]]:
+    """Finds some numbers of every FFN on one of the ranks, and tells the others; args as of `share_results`."""
+    own = ranks.together(lambda: {p.ffn.name: find(p) for p in progress(ranks.own(group), description)})
+    return {p.ffn.name: ranks.object_from_rank(ranks.owner(i), own.get(p.ffn.name, [])) for i, p in enumerate(group)}
+
+
 def share_measured(group: Sequence[Piece], measure: Callable[[Piece], Eliminated]) -> dict[str, Eliminated]:
     """Measures every FFN's errors on one of the ranks, and sends them and the narrow FFNs that were kept to the others.
 

@@ -36,7 +36,7 @@ def fuse_calibrated(
     With `recipe.kernel` "fisher" every error of an output is measured in that metric. Where real neurons stand for
     clusters, what each FFN gets is decided by the error on held-out tokens, between the most salient neuron of every
     cluster, the neurons left by `eliminate` and the most salient ones. The scale "ntk" is the one that matches the L1
-    norms of gradients; `scales.fit_scales` fits it, once all FFNs are narrow.
+    norms of gradients; `scales.fitted_scales` fits it, once all FFNs are narrow.
 
     Memory: about five times 4 * neurons ** 2 bytes at half the width.
 

@@ -57,10 +57,10 @@ def match_sizes(
     return _split(narrow, [scale if scale > 0 else 1.0 for scale in scales])
 
 
-def fit_scales(
+def fitted_scales(
     narrow: NarrowFFN, kernels: Sequence[Tensor], tokens: TokenGradients, activation: Activation
-) -> NarrowFFN:
-    """Moves the scales of a narrow FFN to the least-squares factors to the original's kernels, the function unchanged.
+) -> list[float]:
+    """The scales that are least-squares factors from a narrow FFN's kernels to the original's.
 
     Args:
         narrow: the narrow FFN with the scales of `match_sizes`, from which none moves by more than `MOST`.
@@ -69,7 +69,7 @@ def fit_scales(
         activation: the activation function.
 
     Returns:
-        The narrow FFN with its scales, in the same dtype.
+        A number for each in-projection and one for the out-projection, for `rescaled`.
 
     Raises:
         ValueError: if it has no scales in front of the activation, hence none that were matched.
@@ -77,13 +77,21 @@ def fit_scales(
     if narrow.in_scales is None:
         raise ValueError("Only scales that match the norms can be fitted: call `match_sizes` first.")
     before = [float(scale[0]) for scale in (*narrow.in_scales, narrow.scale)]
-    dtype = narrow.weights.out_weight.dtype
-    exact = cast(narrow.weights, torch.promote_types(dtype, torch.float32))
-    folded = NarrowFFN(exact, narrow.scale, narrow.in_scales).folded()
-    found = adam_kernels(folded, activation, tokens)
+    found = adam_kernels(_folded_exactly(narrow), activation, tokens)
     fits = [_factor(wide, small) for wide, small in zip(kernels, found, strict=True)]
-    fitted = _split(folded, [_near(fit, scale) for fit, scale in zip(fits, before, strict=True)])
-    return NarrowFFN(cast(fitted.weights, dtype), fitted.scale, fitted.in_scales)
+    return [_near(fit, scale) for fit, scale in zip(fits, before, strict=True)]
+
+
+def rescaled(narrow: NarrowFFN, scales: Sequence[float]) -> NarrowFFN:
+    """The same function in the same dtype, with other scales: of every in-projection, then of the out-projection."""
+    split = _split(_folded_exactly(narrow), scales)
+    return NarrowFFN(cast(split.weights, narrow.weights.out_weight.dtype), split.scale, split.in_scales)
+
+
+def _folded_exactly(narrow: NarrowFFN) -> FFNWeights:
+    """Its function as plain weights, in float32 at least."""
+    exact = cast(narrow.weights, torch.promote_types(narrow.weights.out_weight.dtype, torch.float32))
+    return NarrowFFN(exact, narrow.scale, narrow.in_scales).folded()
 
 
 def _split(narrow: FFNWeights, scales: Sequence[float]) -> NarrowFFN:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from importlib import import_module
+
 import pytest
 import torch
 from allocated import Memory
@@ -10,6 +12,7 @@ from architectures import BY_NAME
 from peft_fusion import FusionConfig, calibrate
 from peft_fusion.calibrate.memory import bound, held, making, most_at_once
 from peft_fusion.ffn import find_ffns
+from peft_fusion.fusing.scales import fitted_scales, rescaled
 
 LLAMA = BY_NAME["llama"]
 
@@ -54,3 +57,21 @@ def test_what_does_not_suffice_is_refused_before_any_work(unchanged):
     with pytest.raises(ValueError, match="give one"):
         calibrate(model, FusionConfig(ratio=0.5), batches(), memory=10**9, ffns_per_pass=1)
     check()
+
+
+def test_fitting_scales_holds_no_second_set_of_narrow_weights(monkeypatch):
+    held_then: list[int] = []
+
+    def watched(function):
+        def run(*args):
+            held_then.append(sum(memory.alive.values()))
+            return function(*args)
+
+        return run
+
+    for function in (fitted_scales, rescaled):
+        monkeypatch.setattr(import_module("peft_fusion.calibrate.scales"), function.__name__, watched(function))
+    with Memory() as memory:
+        calibrate(wide(num_hidden_layers=6), FusionConfig(ratio=0.25), batches())
+    one = 4 * 3 * 32 * 768 // 4
+    assert len(held_then) == 12 and max(held_then) - min(held_then) < one, (held_then, one)

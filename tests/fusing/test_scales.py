@@ -12,8 +12,8 @@ from peft_fusion.fusing import gradient_kernels
 from peft_fusion.fusing.calibrated import fuse_calibrated
 from peft_fusion.fusing.gradient_kernels import TokenGradients, adam_kernels
 from peft_fusion.fusing.rows import select_rows
-from peft_fusion.fusing.scales import MOST, SEQUENCES, fit_scales, match_sizes
-from peft_fusion.fusing.weights import FFNWeights, cast
+from peft_fusion.fusing.scales import MOST, SEQUENCES, fitted_scales, match_sizes, rescaled
+from peft_fusion.fusing.weights import FFNWeights, NarrowFFN, cast
 
 COUNTS = (5, 0, 9, 7, 3)
 KINDS = [(False, gelu, True), (True, silu, False), (True, silu, True)]
@@ -57,6 +57,10 @@ def test_matched_scales_leave_the_function(gated, activation, bias):
     matched = match_sizes(weights, narrow, activation, x)
     assert float(matched.scale.min()) > 1.2  # half the neurons are gone
     torch.testing.assert_close(outputs(matched, activation, x), outputs(plain(narrow), activation, x))
+
+
+def fit_scales(narrow: NarrowFFN, kernels: list[Tensor], tokens: TokenGradients, activation) -> NarrowFFN:
+    return rescaled(narrow, fitted_scales(narrow, kernels, tokens, activation))
 
 
 def thrice(weights: FFNWeights) -> tuple[FFNWeights, FFNWeights]:
