@@ -83,7 +83,7 @@ def calibrated_projections(narrow: Mapping[str, NarrowFFN], planned: AnyPlanned,
     """
     if isinstance(planned, PlannedExperts):
         return [experts_of([narrow[one.name] for one in networks_of(planned.ffn)], planned, recipe)]
-    return projections_of(narrow[planned.ffn.name], planned, recipe)
+    return projections_of(narrow[planned.ffn.name], planned, recipe, copy=planned.width == planned.ffn.width)
 
 
 def whole(ffn: OneFFN) -> NarrowFFN:
@@ -112,8 +112,13 @@ def empty_projections(planned: AnyPlanned, shapes: Mapping[str, Shapes]) -> Sequ
     return _made_of(planned, shapes, lambda shape: torch.full(shape, torch.nan), torch.nan)
 
 
-def projections_of(narrow: NarrowFFN, planned: PlannedFFN, recipe: Recipe) -> list[NarrowProjection]:
-    """Narrow weights as the modules that hold them, each in the dtype and on the device of its original."""
+def projections_of(
+    narrow: NarrowFFN, planned: PlannedFFN, recipe: Recipe, *, copy: bool = True
+) -> list[NarrowProjection]:
+    """Narrow weights as the modules that hold them, each in the dtype and on the device of its original.
+
+    Without `copy` they hold matrices that suit them as they are: those may be no views of the original's.
+    """
     weights = narrow.folded() if recipe.scale == "none" else narrow.weights
     tensors = projection_tensors(weights, planned.ffn)
     scales = _scales(narrow, planned, recipe)
@@ -123,7 +128,7 @@ def projections_of(narrow: NarrowFFN, planned: PlannedFFN, recipe: Recipe) -> li
         kind = NarrowOutProjection if len(made) == len(tensors) - 1 else NarrowInProjection
         own_bias = None if bias is None else bias.to(like, copy=True)
         own_scale = None if scale is None else scale.to(like.device, torch.float32)
-        made.append(kind(weight.to(like, copy=True).contiguous(), own_bias, own_scale))
+        made.append(kind(weight.to(like, copy=copy).contiguous(), own_bias, own_scale))
     return made
 
 
