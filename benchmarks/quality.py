@@ -83,6 +83,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--text", choices=("other", "papers", "own"), default="other", help="what is calibrated on")
     add("--layers", choices=tuple(LAYERS), default="last", help="which layers are narrowed (default: last)")
     add("--quick", action="store_true", help="leave out output and NTK errors, which take minutes a row")
+    add("--sequences", type=int, help="to calibrate on (default: 128 of 256 tokens, or 512 of 64 of its own)")
     add("--seed", type=int, default=0, help="of the calibration's and the distillation's text")
     add("--distill", type=int, default=0, metavar="TOKENS", help="also `distill`, on so many tokens of that text")
     add("--epochs", type=int, default=1, help="of the distillation")
@@ -109,10 +110,10 @@ class SmolLM2:
         papers = load_texts()
         self.held_out = blocks(tokenizer, papers[1], 512)[: 4 if small else 24]
         self.compared = draw(blocks(tokenizer, papers[1], 64), 4 if small else 24)
-        self.sequences = 8 if small else 128  # to calibrate on; as many again to tune on
+        usual = (8 if small else 128) * (LENGTH // OWN_LENGTH if options.text == "own" else 1)
+        self.sequences = options.sequences or usual  # to calibrate on; as many again to tune on
         self.batches: list[dict[str, torch.Tensor]]
         if options.text == "own":
-            self.sequences *= LENGTH // OWN_LENGTH
             self.batches = own_text(self.model, (1 + options.tune) * self.sequences, options.json, options.seed)
         else:
             texts = other_text() if options.text == "other" else papers[0]
@@ -128,7 +129,7 @@ class SmolLM2:
         found = []
         for ratio in options.ratios[:1] if options.smoke else options.ratios:
             for name in options.variants:
-                key = f"{options.text} {name} {options.layers} {ratio} {options.seed}"
+                key = self.name_of(name, ratio)
                 if options.distill:
                     length = "" if options.own_length == OWN_LENGTH else f" by {options.own_length}"
                     key += f" {options.distill} x {options.epochs} at {options.learning_rate}{length}"
@@ -141,6 +142,12 @@ class SmolLM2:
                 found.append(done[key])
         return found
 
+    def name_of(self, variant: str, ratio: float) -> str:
+        """What tells a calibrated variant from all others."""
+        options = self.options
+        of = f" of {options.sequences}" if options.sequences else ""
+        return f"{options.text} {variant} {options.layers} {ratio} {options.seed}{of}"
+
     def row(self, name: str, ratio: float) -> Row:
         """One variant at one width."""
         settings, calibrated = VARIANTS[name]
@@ -149,7 +156,7 @@ class SmolLM2:
         layers = LAYERS[self.options.layers]
         config = FusionConfig(ratio=ratio, layers_to_transform=layers, seed=self.options.seed, **settings)
         whole = sum(parameter.numel() for parameter in self.model.model.layers.parameters())
-        fused, row = self.fused(config, calibrated, f"{self.options.text} {name} {self.options.layers} {ratio}")
+        fused, row = self.fused(config, calibrated, self.name_of(name, ratio))
         removed = sum(full - narrow for full, narrow in fused.peft_config["default"].fused_widths.values())
         row["removed"] = removed * 3 * self.model.config.hidden_size / whole
         row |= self.judged(fused)
@@ -168,7 +175,7 @@ class SmolLM2:
     def fused(self, config: FusionConfig, calibrated: bool, name: str) -> tuple[PeftModel, Row]:
         """The fused model and how long that took; from the adapter of an earlier run, if there is one."""
         options, started = self.options, time.perf_counter()
-        folder = options.json and options.json.with_suffix("") / f"{name} {options.seed}".replace(" ", "_")
+        folder = options.json and options.json.with_suffix("") / name.replace(" ", "_")
         if folder and folder.exists():
             return PeftModel.from_pretrained(self.model, folder, is_trainable=True), {}
         if calibrated:
