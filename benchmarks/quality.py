@@ -219,7 +219,7 @@ class SmolLM2:
                 num_train_epochs=options.epochs,
                 bf16=has_fast_bfloat16(self.model.device),
                 eval_strategy="steps",
-                eval_steps=0.125,
+                eval_steps=0.25,
                 save_strategy="no",
                 logging_strategy="no",
                 report_to="none",
