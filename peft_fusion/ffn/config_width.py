@@ -12,7 +12,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from .every import AnyFFN
-from .stock import CANNOT_BUILD, misbuilt, on_meta, reachable, stock_class, stock_config
+from .stock import CANNOT_BUILD, misbuilt, outline, reachable, stock_class, stock_config
 from .width import WidthPlace, stated_value, width_place
 
 KEEP = "Keep the adapter."
@@ -101,19 +101,19 @@ def _try(model: nn.Module, found: Sequence[tuple[list[AnyFFN], ConfigWidth]], wi
     if not changed or not isinstance(model, PreTrainedModel):
         return
     try:
-        before = on_meta(stock_class(model), stock_config(model))
+        outline(stock_class(model), stock_config(model))
     except CANNOT_BUILD:
         return
-    if not _misbuilt(model, before, changed, widths):
+    if not _misbuilt(model, changed, widths):
         return
     for alike, one in changed:
-        problem = _misbuilt(model, before, [(alike, one)], widths)
+        problem = _misbuilt(model, [(alike, one)], widths)
         if problem or len(changed) == 1:
             one.width, one.problem = None, f"of `config.{one.attribute}`: {problem}. {KEEP}"
 
 
 def _misbuilt(
-    model: PreTrainedModel, before: Any, changed: Sequence[tuple[list[AnyFFN], ConfigWidth]], widths: Mapping[str, int]
+    model: PreTrainedModel, changed: Sequence[tuple[list[AnyFFN], ConfigWidth]], widths: Mapping[str, int]
 ) -> str:
     """What stock code makes otherwise than wanted of the config with these changes."""
     parts = reachable(model.config)
@@ -125,4 +125,4 @@ def _misbuilt(
         for attribute, value in ((one.attribute, one.width), *one.also)
     }
     wanted = {ffn.name: widths.get(ffn.name, ffn.width) for alike, _ in changed for ffn in alike}
-    return misbuilt(before, values, wanted)
+    return misbuilt(stock_class(model), stock_config(model), values, wanted)

@@ -89,7 +89,7 @@ def state_widths(model: nn.Module, widths: Mapping[str, int]) -> StatedWidths:
         elif changed:
             _state_by_layer(stated, built, paths[0], place.attribute, wanted)
             _check_readable(stated, built, place.attribute)
-    if stated.values and not stated.lists and (found := misbuilt(built, stated.values, widths)):
+    if stated.values and not stated.lists and (found := misbuilt(stock, stock_config(model), stated.values, widths)):
         names = ", ".join(sorted({f"`config.{attribute}`" for _, attribute in stated.values}))
         raise ValueError(
             f"No checkpoint of {stock.__name__} can state these widths: of {names}, {found}. Keep the adapter, or "

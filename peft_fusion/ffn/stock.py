@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -82,34 +84,71 @@ def reads_back(config: Any, attribute: str, value: Any) -> bool:
     return bool(getattr(read, attribute, None) == value)
 
 
-def misbuilt(before: Any, values: Places, widths: Mapping[str, int]) -> str:
+def misbuilt(kind: type[PreTrainedModel], config: PreTrainedConfig, values: Places, widths: Mapping[str, int]) -> str:
     """What stock code makes otherwise than wanted of a config with some values changed; "" if nothing.
 
     Args:
-        before: the stock model, from `on_meta`, of the config as it is; not changed.
+        kind: the stock class.
+        config: the config as it is; not changed.
         values: what is changed in that.
         widths: FFN name -> the width that comes of it; everything else is to stay as it is.
     """
-    config = copy.deepcopy(before.config)
+    before, config = outline(kind, config), copy.deepcopy(config)
     try:
         wrong = next((a for (p, a), v in values.items() if not reads_back(reachable(config)[p], a, v)), None)
         if wrong is not None:
             return f"`{wrong}` is another when the config is read again"
         write(config, values)
-        after = on_meta(type(before), config)
+        after = outline(kind, config)
     except CANNOT_BUILD as error:
-        return f"{type(before).__name__} cannot be built with it ({error})"
-    narrow = {ffn.name: ffn for ffn in find_all(after)}
-    inside: set[str] = set()
-    for ffn in find_all(before):
-        inside |= set(ffn.projection_names)
-        found = narrow.get(ffn.name)
-        if found is None or found.width != widths.get(ffn.name, ffn.width):
-            return f"it does not give the FFN {ffn.name!r} {widths.get(ffn.name, ffn.width)} neurons"
-        if (found.in_dim, found.out_dim) != (ffn.in_dim, ffn.out_dim):
-            return f"it says the size of what {ffn.name!r} is given or gives, too"
-    shapes = {name: parameter.shape for name, parameter in after.named_parameters()}
-    for name, parameter in before.named_parameters():
-        if name.rpartition(".")[0] not in inside and shapes.get(name) != parameter.shape:
+        return f"{kind.__name__} cannot be built with it ({error})"
+    for name, (width, *sizes) in before.ffns.items():
+        found = after.ffns.get(name)
+        if found is None or found[0] != widths.get(name, width):
+            return f"it does not give the FFN {name!r} {widths.get(name, width)} neurons"
+        if [*found[1:]] != sizes:
+            return f"it says the size of what {name!r} is given or gives, too"
+    for name, shape in before.others.items():
+        if after.others.get(name) != shape:
             return f"it says the size of `{name}`, too"
     return ""
+
+
+@dataclass(frozen=True)
+class Outline:
+    """What a stock class builds of a config.
+
+    Args:
+        ffns: FFN name -> its width, and the sizes of what it is given and gives.
+        others: name of a parameter that belongs to no projection of an FFN -> its shape.
+    """
+
+    ffns: Mapping[str, tuple[int, int, int]]
+    others: Mapping[str, torch.Size]
+
+
+def outline(kind: type[PreTrainedModel], config: PreTrainedConfig) -> Outline:
+    """What a stock class builds of a config; the same question is answered once.
+
+    Raises:
+        One of `CANNOT_BUILD`: if it cannot be built without weights.
+    """
+    return _outline(_Question(kind, config.to_json_string(use_diff=False), config))
+
+
+@dataclass(frozen=True)
+class _Question:
+    """A class and a config; equal where both say the same."""
+
+    kind: type[PreTrainedModel]
+    text: str
+    config: PreTrainedConfig = field(compare=False)
+
+
+@lru_cache(maxsize=16)
+def _outline(question: _Question) -> Outline:
+    built = on_meta(question.kind, copy.deepcopy(question.config))  # some classes write into their config
+    ffns = find_all(built)
+    inside = {name for ffn in ffns for name in ffn.projection_names}
+    others = {name: p.shape for name, p in built.named_parameters() if name.rpartition(".")[0] not in inside}
+    return Outline({ffn.name: (ffn.width, ffn.in_dim, ffn.out_dim) for ffn in ffns}, others)
