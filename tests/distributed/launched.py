@@ -1,11 +1,12 @@
 """One of two CPU processes of `accelerate launch`, which run scripts of examples/distributed one after another.
 
-accelerate shards on accelerators alone; it is told here that CPUs are some. All else, `fully_shard` over gloo, the
-trainer's checkpoints and what gathers parameters, is what runs on GPUs.
+accelerate shards on accelerators alone; it is told here that CPUs are some. All else, `fully_shard` and DeepSpeed's
+ZeRO-3 over gloo, the trainer's checkpoints and what gathers parameters, is what runs on GPUs.
 """
 
 from __future__ import annotations
 
+import os
 import runpy
 import shlex
 import sys
@@ -29,6 +30,11 @@ def init_sharding(self: AcceleratorState, *given: Any, fsdp_plugin: Any = None, 
 
 def main(*commands: str) -> None:
     AcceleratorState.__init__ = init_sharding
+    if os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":
+        from deepspeed.ops import __compatible_ops__
+
+        __compatible_ops__["deepspeed_shm_comm"] = False  # it would be compiled, for minutes
+        PartialState._prepare_backend = lambda *_, **__: ("gloo", DistributedType.MULTI_CPU)
     dist.init_process_group("gloo")  # one for all scripts: a second one would find the keys of the first
     destroy, dist.destroy_process_group = dist.destroy_process_group, lambda: None
     sys.path.insert(0, str(SCRIPTS))

@@ -7,6 +7,7 @@ import random
 import re
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -22,6 +23,8 @@ from two import free_port
 
 LLAMA = BY_NAME["llama"]
 STEPS = 20
+NO_DEEPSPEED = pytest.mark.skipif(find_spec("deepspeed") is None, reason="DeepSpeed is not installed")
+IN_PARTS = ["fsdp2", pytest.param("zero3", marks=NO_DEEPSPEED)]
 
 
 @pytest.fixture(scope="module")
@@ -66,11 +69,8 @@ def launch(kind: str, *commands: str) -> None:
     start = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(SCRIPTS / f"{kind}.yaml")]
     start += ["--mixed_precision", "no", "--main_process_port", str(free_port())]
     start += [str(Path(__file__).parent / "launched.py"), *commands]
-    own = {
-        "PYTHONPATH": os.pathsep.join(p for p in sys.path if p),
-        "OMP_NUM_THREADS": "1",
-        "ACCELERATE_USE_CPU": "true",
-    }
+    own = {"PYTHONPATH": os.pathsep.join(p for p in sys.path if p), "OMP_NUM_THREADS": "1"}
+    own |= {"DS_ACCELERATOR": "cpu"} if kind == "zero3" else {"ACCELERATE_USE_CPU": "true"}
     ended = subprocess.run(start, env=os.environ | own, capture_output=True, text=True, timeout=400)
     assert ended.returncode == 0, (ended.stdout + ended.stderr)[-4000:]
 
@@ -110,7 +110,7 @@ def test_two_processes_prepare_the_adapter_of_one(launched, model: Path, tmp_pat
     assert_equal(adapter(launched("ddp") / "prepared"), adapter(tmp_path))
 
 
-@pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
+@pytest.mark.parametrize("kind", ["ddp", *IN_PARTS])
 def test_what_several_train_and_resume_loads_on_one_machine(kind: str, launched, model: Path):
     folder = launched(kind)
     trained, resumed = adapter(folder / "whole" / "adapter"), adapter(folder / "resumed" / "adapter")
@@ -122,5 +122,6 @@ def test_what_several_train_and_resume_loads_on_one_machine(kind: str, launched,
     assert all(torch.equal(held[name], tensor) for name, tensor in trained.items())
 
 
-def test_parts_train_as_the_whole_does(launched):
-    assert_equal(adapter(launched("fsdp2") / "whole" / "adapter"), adapter(launched("ddp") / "whole" / "adapter"))
+@pytest.mark.parametrize("kind", IN_PARTS)
+def test_parts_train_as_the_whole_does(kind: str, launched):
+    assert_equal(adapter(launched(kind) / "whole" / "adapter"), adapter(launched("ddp") / "whole" / "adapter"))
