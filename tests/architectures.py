@@ -22,6 +22,10 @@ DECODER = {
 }
 
 
+ALIKE = ("llama_bias", "mistral", "qwen2", "qwen3", "gpt_neox", "roberta")
+"""Architectures whose FFNs are laid out as another's: tests of them are marked `slow` (see conftest.py)."""
+
+
 @dataclass(frozen=True)
 class Architecture:
     """A tiny model of one architecture.

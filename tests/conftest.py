@@ -10,6 +10,7 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 import pytest  # noqa: E402
 import torch  # noqa: E402
 from accelerate.state import AcceleratorState  # noqa: E402
+from architectures import ALIKE, Architecture  # noqa: E402
 from state import HANDED_OVER, changes, state_of  # noqa: E402
 from torch import nn  # noqa: E402
 from transformers.utils import logging  # noqa: E402
@@ -19,6 +20,15 @@ import peft_fusion  # noqa: E402, F401
 logging.set_verbosity_error()
 logging.disable_progress_bar()
 torch.set_num_threads(1)  # the models are tiny; two threads on a busy machine wait for each other
+
+
+@pytest.hookimpl(tryfirst=True)  # before tests are chosen by their marks
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """What is done on every architecture is slow on those whose layout another one has."""
+    for item in items:
+        given = item.callspec.params.values() if hasattr(item, "callspec") else ()
+        if any(isinstance(value, Architecture) and value.name in ALIKE for value in given):
+            item.add_marker(pytest.mark.slow)
 
 
 @pytest.fixture

@@ -13,6 +13,8 @@ from peft import get_peft_model
 from peft_fusion.cli import main
 from peft_fusion.export.folder import restore_replaced
 
+pytestmark = pytest.mark.slow
+
 
 def command(*arguments):
     def work():

@@ -21,6 +21,8 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 from two import free_port
 
+pytestmark = pytest.mark.slow
+
 LLAMA = BY_NAME["llama"]
 STEPS = 20
 NO_DEEPSPEED = pytest.mark.skipif(find_spec("deepspeed") is None, reason="DeepSpeed is not installed")

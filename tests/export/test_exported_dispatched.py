@@ -40,7 +40,7 @@ def compared(here, there, tmp_path, unchanged, **options):
     assert files(tmp_path / "there" / "small") == files(tmp_path / "here" / "small")
 
 
-@pytest.mark.parametrize("where", PLACES)
+@pytest.mark.parametrize("where", ["half on disk", pytest.param("disk", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("layers", [None, [1]], ids=["one width", "mixed"])
 def test_as_in_memory(where, layers, tmp_path, unchanged):
     config = half(LLAMA, layers_to_transform=layers)

@@ -65,6 +65,7 @@ def test_what_cannot_be_uploaded_is_refused_before_any_work(hub, monkeypatch, tm
     assert not list(tmp_path.iterdir()) and not hub.repositories
 
 
+@pytest.mark.slow
 def test_an_adapter_arrives_whole(hub, tmp_path):
     model = get_peft_model(LLAMA.make(), half(LLAMA))
     model.push_to_hub("me/adapter")

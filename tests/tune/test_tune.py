@@ -22,7 +22,7 @@ def batches(architecture, count: int = 8) -> list[dict[str, torch.Tensor]]:
 
 
 def settings(objective: str) -> dict:
-    return {"steps": 60, "learning_rate": 0.02} if objective == "ffn" else {"learning_rate": 3e-3}
+    return {"steps": 30, "learning_rate": 0.02} if objective == "ffn" else {"learning_rate": 3e-3}
 
 
 @pytest.mark.parametrize("objective", ["ffn", "hidden_states"])

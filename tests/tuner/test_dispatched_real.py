@@ -27,6 +27,7 @@ def made(model: torch.nn.Module, folder: Path) -> tuple[torch.nn.Module, torch.T
         return fused, fused.eval()(**batches[1]).logits
 
 
+@pytest.mark.slow
 @pytest.mark.real
 def test_half_of_the_layers_on_disk(monkeypatch, tmp_path):
     monkeypatch.syspath_prepend(str(Path(__file__).parents[2] / "examples"))

@@ -23,6 +23,8 @@ import peft_fusion
 from peft_fusion import FusionConfig, calibrate
 from peft_fusion.tuner.layer import FusionLayer
 
+pytestmark = pytest.mark.slow
+
 LLAMA, BERT = BY_NAME["llama"], BY_NAME["bert"]
 POINTS = 6
 SOURCES = (str(Path(peft_fusion.__file__).parent), str(Path(peft.__file__).parent / "tuners"))

@@ -15,6 +15,8 @@ from peft import PeftModel, get_peft_model
 
 from peft_fusion import FusionConfig
 
+pytestmark = pytest.mark.slow
+
 LLAMA = BY_NAME["llama"]
 
 

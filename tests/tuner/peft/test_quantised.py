@@ -160,6 +160,7 @@ def test_modules_without_weights_are_refused_by_name(unchanged):
     check()
 
 
+@pytest.mark.slow
 @pytest.mark.real
 def test_gguf_file_is_fused_and_merged(monkeypatch):
     monkeypatch.syspath_prepend(str(Path(__file__).parents[3] / "examples"))
