@@ -37,7 +37,7 @@ def test_half_precision_takes_less():
     assert held(half) < held(full) and making(half) == making(full)
 
 
-@pytest.mark.parametrize("size", [1, 3])
+@pytest.mark.parametrize("size", [1, pytest.param(3, marks=pytest.mark.slow)])
 def test_a_calibration_keeps_within_it(size, monkeypatch):
     monkeypatch.setattr("peft_fusion.fusing.cluster.seeding._tile", lambda gram: 32)  # made for larger matrices
     monkeypatch.setattr("peft_fusion.fusing.cluster.gram.ROW_TILE", 64)

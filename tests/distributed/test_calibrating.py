@@ -14,8 +14,6 @@ from two import run_by_two
 
 from peft_fusion import FusionConfig, calibrate
 
-pytestmark = pytest.mark.xdist_group("calibrating by two")  # processes that take their time to start
-
 Found = list[dict[str, dict[str, Tensor]]]
 
 

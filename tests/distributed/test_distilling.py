@@ -10,8 +10,6 @@ from distilling import distilled
 from torch import Tensor
 from two import run_by_two
 
-pytestmark = pytest.mark.xdist_group("distilling by two")  # processes that take their time to start
-
 
 @pytest.fixture(scope="module")
 def by_two(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, dict[str, Tensor]]]:

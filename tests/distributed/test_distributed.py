@@ -12,8 +12,6 @@ from peft import PeftModel, get_peft_model
 from two import run_by_two
 from worker import MODELS
 
-pytestmark = pytest.mark.xdist_group("distributed by two")  # processes that take their time to start
-
 CASES = [
     "llama-ddp-keep",
     "llama-ddp-offload",

@@ -21,7 +21,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 from two import free_port
 
-pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("examples by two")]
+pytestmark = pytest.mark.slow
 
 LLAMA = BY_NAME["llama"]
 STEPS = 20

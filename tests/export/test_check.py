@@ -18,8 +18,6 @@ def vit():
     return tf.ViTForImageClassification(tf.ViTConfig(**SIZES, image_size=16, patch_size=8, num_labels=3))
 
 
-pytestmark = pytest.mark.xdist_group("exports in a fresh process")  # which takes its time to start
-
 MAKERS = {a.name: a.make for a in ARCHITECTURES} | {
     "vit": vit,
     "headless": lambda: tf.BertModel(tf.BertConfig(**SIZES, **POSITIONS)),

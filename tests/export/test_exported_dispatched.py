@@ -41,7 +41,9 @@ def compared(here, there, tmp_path, unchanged, **options):
 
 
 @pytest.mark.parametrize("where", ["half on disk", pytest.param("disk", marks=pytest.mark.slow)])
-@pytest.mark.parametrize("layers", [None, [1]], ids=["one width", "mixed"])
+@pytest.mark.parametrize(
+    "layers", [pytest.param(None, marks=pytest.mark.slow, id="one width"), pytest.param([1], id="mixed")]
+)
 def test_as_in_memory(where, layers, tmp_path, unchanged):
     config = half(LLAMA, layers_to_transform=layers)
     there = get_peft_model(dispatched(where, tmp_path), half(LLAMA, layers_to_transform=layers))
