@@ -142,7 +142,13 @@ def test_compare(run, base, tmp_path, text):
     assert found["original"]["perplexity"] == pytest.approx(float(loss.exp()), rel=1e-4)
     same = json.loads(run("compare", base, base, "--tokens", 2, "--length", 8, "--json")[1])
     assert (same["difference"], same["same_prediction"]) == (0.0, 1.0)
-    assert "perplexity" in run("compare", base, base, *options)[1]
+    assert "perplexity" in (told := run("compare", base, base, *options)[1]) and "random" not in told
+
+
+def test_of_random_tokens_compare_tells_no_perplexity(run, base):
+    options = ("--tokens", 2, "--length", 8)
+    assert "perplexity" not in json.loads(run("compare", base, base, *options, "--json")[1])["original"]
+    assert "on random tokens; --text FILE" in run("compare", base, base, *options)[1]
 
 
 REFUSED = [

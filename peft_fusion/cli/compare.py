@@ -42,7 +42,7 @@ def compare(
         model = load_model(name, dtype.value, trust)
         check_length(model, length)
         batches = batches or [_random_tokens(model, sequences, length)]
-        row, output = _measured(model, batches, tokens)
+        row, output = _measured(model, batches, tokens, is_text=text is not None)
         rows.append({"model": name, **row})
         outputs.append(output)
         del model
@@ -54,7 +54,10 @@ def compare(
     difference = float((outputs[1] - outputs[0]).norm() / outputs[0].norm())
     agreement = float((outputs[1].argmax(-1) == outputs[0].argmax(-1)).float().mean())
     result = {"original": rows[0], "exported": rows[1], "difference": difference, "same_prediction": agreement}
-    show(result, _table(rows, difference, agreement), json)
+    table = _table(rows, difference, agreement)
+    show(
+        result, table if text else f"{table}\non random tokens; --text FILE compares on a text, by perplexity too", json
+    )
 
 
 def _random_tokens(model: Any, sequences: int, length: int) -> dict[str, Tensor]:
@@ -66,8 +69,10 @@ def _random_tokens(model: Any, sequences: int, length: int) -> dict[str, Tensor]
     return {"input_ids": ids, **({"decoder_input_ids": ids} if model.config.is_encoder_decoder else {})}
 
 
-def _measured(model: Any, batches: list[dict[str, Tensor]], tokens: int) -> tuple[dict[str, Any], Tensor]:
-    """A model's figures, and what it puts out for the first batch."""
+def _measured(
+    model: Any, batches: list[dict[str, Tensor]], tokens: int, is_text: bool
+) -> tuple[dict[str, Any], Tensor]:
+    """A model's figures, and what it puts out for the first batch; of random tokens a perplexity means nothing."""
     row: dict[str, Any] = {
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
         "bytes": sum(p.numel() * p.element_size() for p in model.parameters()),
@@ -86,7 +91,7 @@ def _measured(model: Any, batches: list[dict[str, Tensor]], tokens: int) -> tupl
                 loss += float(cross_entropy(output[:, :-1].flatten(0, 1), ids.flatten(), reduction="sum"))
                 count += ids.numel()
         if causal:
-            row["perplexity"] = math.exp(loss / count)
+            row |= {"perplexity": math.exp(loss / count)} if is_text else {}
             row["tokens_per_second"] = _speed(model, batches[0]["input_ids"][:1, :PROMPT], tokens)
     assert first is not None
     return row, first
