@@ -93,7 +93,10 @@ def parse_arguments() -> argparse.Namespace:
     add("--json", type=Path, metavar="FILE", help="keep finished rows here")
     add("--plot", type=Path, metavar="FILE", help="perplexity against width")
     add("--smoke", action="store_true", help="little text, few steps: does everything work?")
-    return parser.parse_args()
+    options = parser.parse_args()
+    if options.sequences is not None and options.sequences < 4:
+        parser.error(f"--sequences {options.sequences}: every fourth is held out, so at least 4 are needed.")
+    return options
 
 
 class SmolLM2:
@@ -111,7 +114,7 @@ class SmolLM2:
         self.held_out = blocks(tokenizer, papers[1], 512)[: 4 if small else 24]
         self.compared = draw(blocks(tokenizer, papers[1], 64), 4 if small else 24)
         usual = (8 if small else 128) * (LENGTH // OWN_LENGTH if options.text == "own" else 1)
-        self.sequences = options.sequences or usual  # to calibrate on; as many again to tune on
+        self.sequences = usual if options.sequences is None else options.sequences  # to calibrate on, and to tune on
         self.batches: list[dict[str, torch.Tensor]]
         if options.text == "own":
             self.batches = own_text(self.model, (1 + options.tune) * self.sequences, options.json, options.seed)
@@ -119,6 +122,8 @@ class SmolLM2:
             texts = other_text() if options.text == "other" else papers[0]
             pieces = blocks(tokenizer, texts, LENGTH)
             random.Random(options.seed).shuffle(pieces) if options.seed else None
+            if len(pieces) < self.sequences:
+                raise SystemExit(f"--sequences {self.sequences}: the text has {len(pieces)} of {LENGTH} tokens.")
             pieces = pieces[: 2 * self.sequences]
             self.batches = list(DataLoader(pieces, 8, collate_fn=default_data_collator))  # type: ignore[arg-type]
 

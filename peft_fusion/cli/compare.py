@@ -54,10 +54,8 @@ def compare(
     difference = float((outputs[1] - outputs[0]).norm() / outputs[0].norm())
     agreement = float((outputs[1].argmax(-1) == outputs[0].argmax(-1)).float().mean())
     result = {"original": rows[0], "exported": rows[1], "difference": difference, "same_prediction": agreement}
-    table = _table(rows, difference, agreement)
-    show(
-        result, table if text else f"{table}\non random tokens; --text FILE compares on a text, by perplexity too", json
-    )
+    hint = "" if text else "\non random tokens; --text FILE compares on a text, by perplexity too"
+    show(result, _table(rows, difference, agreement) + hint, json)
 
 
 def _random_tokens(model: Any, sequences: int, length: int) -> dict[str, Tensor]:
