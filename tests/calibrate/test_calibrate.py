@@ -111,6 +111,21 @@ def test_without_data(architecture, unchanged):
     assert same(made(model), made(again))
 
 
+def test_what_it_made_is_installed_without_a_copy_and_the_originals_are_not():
+    model = LLAMA.make()
+    config = half(LLAMA, width_pattern={r"layers\.1\.mlp": 64})  # one FFN stays whole
+    calibrate(model, config, batches(LLAMA))
+    narrow = made(model).narrow
+    pointers = {name: [w.data_ptr() for w in found.weights.in_weights] for name, found in narrow.items()}
+    originals = {w.data_ptr() for w in model.parameters()}
+    fused = get_peft_model(model, config)
+    installed = {n: p.data_ptr() for n, p in fused.named_parameters() if p.requires_grad and n.endswith("weight")}
+    assert len(installed) == 9 and not originals & set(installed.values())
+    for name in (name for name in narrow if ".1." not in name):
+        for projection, pointer in zip(("gate_proj", "up_proj"), pointers[name], strict=True):
+            assert any(f"{name}.{projection}." in n and found == pointer for n, found in installed.items())
+
+
 def test_ffns_that_stay_whole_are_left_as_they_are():
     model = LLAMA.make()
     original = logits(model, LLAMA)

@@ -12,7 +12,7 @@ from model_types.build import tiny_config
 from torch import nn
 
 from peft_fusion import FusionConfig, fuse
-from peft_fusion.ffn import config_widths, find_ffns
+from peft_fusion.ffn import config_widths, find_ffns, stock
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES, ids=lambda a: a.name)
@@ -23,6 +23,22 @@ def test_every_architectures_attribute_is_found(architecture):
     assert {place.attribute for place in places.values()} == {architecture.attribute}
     assert {place.width for place in places.values()} == {16}
     assert all(place.configs[-1] is model.config for place in places.values())
+
+
+def test_the_same_question_is_answered_once(monkeypatch):
+    built = []
+
+    def counted(kind, config):
+        built.append(config.intermediate_size)
+        return on_meta(kind, config)
+
+    on_meta = stock.on_meta
+    monkeypatch.setattr(stock, "on_meta", counted)
+    stock._outline.cache_clear()
+    for width in (16, 16, 24):
+        llama = BY_NAME["llama"].make()
+        config_widths(llama, (ffns := find_ffns(llama)), {ffn.name: width for ffn in ffns})
+    assert built == [64, 16, 24]
 
 
 def bart() -> tf.BartForConditionalGeneration:
