@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -24,6 +26,9 @@ DECODER = {
 
 ALIKE = ("llama_bias", "mistral", "qwen2", "qwen3", "gpt_neox", "roberta")
 """Architectures whose FFNs are laid out as another's: tests of them are marked `slow` (see conftest.py)."""
+
+COMMON = ("bert", "gpt2", "llama", "t5_gated")
+"""One of each kind: tests that are marked `common` are `slow` on all others."""
 
 
 @dataclass(frozen=True)
@@ -49,10 +54,15 @@ class Architecture:
     attribute: str = "intermediate_size"
     classifies: bool = False
     task_type: str = "CAUSAL_LM"
-    extra: dict[str, Any] = field(default_factory=dict)
 
     def make(self, seed: int = 0, **changes: Any) -> nn.Module:
-        """A fresh model in eval mode; the same seed gives the same weights."""
+        """A fresh model in eval mode; the same seed gives the same weights, and the same random numbers after it."""
+        model = self.built(seed, **changes) if changes else copy.deepcopy(_built(self, seed))
+        torch.manual_seed(seed)
+        return model
+
+    def built(self, seed: int, **changes: Any) -> nn.Module:
+        """One that is really built, which takes several times as long as copying one."""
         torch.manual_seed(seed)
         config = self.config()
         for key, value in changes.items():
@@ -75,6 +85,11 @@ class Architecture:
             if "decoder_input_ids" in batch:
                 del batch["decoder_input_ids"]
         return batch
+
+
+@lru_cache
+def _built(architecture: Architecture, seed: int) -> nn.Module:
+    return architecture.built(seed)
 
 
 def _t5(**kwargs: Any) -> Any:

@@ -10,7 +10,7 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 import pytest  # noqa: E402
 import torch  # noqa: E402
 from accelerate.state import AcceleratorState  # noqa: E402
-from architectures import ALIKE, Architecture  # noqa: E402
+from architectures import ALIKE, COMMON, Architecture  # noqa: E402
 from state import HANDED_OVER, changes, state_of  # noqa: E402
 from torch import nn  # noqa: E402
 from transformers.utils import logging  # noqa: E402
@@ -24,10 +24,12 @@ torch.set_num_threads(1)  # the models are tiny; two threads on a busy machine w
 
 @pytest.hookimpl(tryfirst=True)  # before tests are chosen by their marks
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """What is done on every architecture is slow on those whose layout another one has."""
+    """What is done on every architecture is slow on those whose layout another one has, or on all but a few."""
     for item in items:
         given = item.callspec.params.values() if hasattr(item, "callspec") else ()
-        if any(isinstance(value, Architecture) and value.name in ALIKE for value in given):
+        names = {value.name for value in given if isinstance(value, Architecture)}
+        rare = names.difference(COMMON) if item.get_closest_marker("common") else names.intersection(ALIKE)
+        if rare:
             item.add_marker(pytest.mark.slow)
 
 

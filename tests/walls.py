@@ -10,7 +10,7 @@ import re
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache, lru_cache
 from pathlib import Path
 
 from peft_fusion.ffn import LAYOUTS
@@ -75,9 +75,15 @@ def sources(root: Path) -> dict[str, Source]:
 _parsed = lru_cache(maxsize=None)(ast.parse)
 
 
+@cache
+def _nodes(tree: ast.Module) -> tuple[ast.AST, ...]:
+    """Every node of a file; every check asks, of files of which nearly all stay the same."""
+    return tuple(ast.walk(tree))
+
+
 def imports(source: Source, known: dict[str, Source]) -> Iterator[tuple[ast.AST, str, bool]]:
     """Every import of a file, in functions too: where, of what, and whether of the package (its dotted name then)."""
-    for node in ast.walk(source.tree):
+    for node in _nodes(source.tree):
         names: list[str] = []
         if isinstance(node, ast.Import):
             names = [alias.name for alias in node.names]
@@ -153,19 +159,22 @@ def projections(root: Path) -> list[str]:
     for source in sources(root).values():
         if source.room == "ffn":
             continue
-        docs = {id(node.value) for node in ast.walk(source.tree) if isinstance(node, ast.Expr)}
+        docs = {id(node.value) for node in _nodes(source.tree) if isinstance(node, ast.Expr)}
         for node, name in _names(source.tree):
             if id(node) not in docs and (name in ("in_projections", "out_projection") or PROJECTION.search(name)):
                 found.append(source.at(node, f"uses {name!r}"))
     return found
 
 
-def _names(tree: ast.Module) -> Iterator[tuple[ast.AST, str]]:
+@cache
+def _names(tree: ast.Module) -> tuple[tuple[ast.AST, str], ...]:
     """Every name that a file uses, as a name, an attribute, an argument or a string."""
-    for node in ast.walk(tree):
-        for attribute in ("id", "attr", "arg", "value", "name"):
-            if isinstance(name := getattr(node, attribute, None), str):
-                yield node, name
+    return tuple(
+        (node, name)
+        for node in _nodes(tree)
+        for attribute in ("id", "attr", "arg", "value", "name")
+        if isinstance(name := getattr(node, attribute, None), str)
+    )
 
 
 def globals_of_others(root: Path) -> list[str]:
@@ -175,7 +184,7 @@ def globals_of_others(root: Path) -> list[str]:
         if source.name == "tuner.registration":
             continue
         theirs = _names_of_others(source.tree)
-        for node in ast.walk(source.tree):
+        for node in _nodes(source.tree):
             if any(_root(target) in theirs for target in _changed(node)):
                 found.append(source.at(node, f"changes {ast.unparse(node)}"))
     return found
@@ -184,13 +193,13 @@ def globals_of_others(root: Path) -> list[str]:
 def _names_of_others(tree: ast.Module) -> set[str]:
     """The names that stand for something of PEFT's or transformers', imported or assigned from there."""
     theirs = set()
-    for node in ast.walk(tree):
+    for node in _nodes(tree):
         if isinstance(node, ast.Import):
             tops = {alias.asname or alias.name.split(".")[0]: alias.name for alias in node.names}
             theirs |= {name for name, full in tops.items() if _top(full) in ("peft", "transformers")}
         elif isinstance(node, ast.ImportFrom) and not node.level and _top(node.module) in ("peft", "transformers"):
             theirs |= {alias.asname or alias.name for alias in node.names}
-    for node in ast.walk(tree):
+    for node in _nodes(tree):
         if isinstance(node, ast.Assign) and _root(node.value) in theirs:
             theirs |= {target.id for target in node.targets if isinstance(target, ast.Name)}
     return theirs

@@ -25,6 +25,7 @@ def settings(objective: str) -> dict:
     return {"steps": 30, "learning_rate": 0.02} if objective == "ffn" else {"learning_rate": 3e-3}
 
 
+@pytest.mark.common
 @pytest.mark.parametrize("objective", ["ffn", "hidden_states"])
 @pytest.mark.parametrize("architecture", ARCHITECTURES, ids=lambda a: a.name)
 def test_error_falls_and_only_fused_weights_move(architecture, objective):

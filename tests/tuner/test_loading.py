@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import json
-from functools import wraps
+from functools import lru_cache, wraps
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,12 @@ SCALES = {"calibrated": "ntk", "uncalibrated": "counts", "no scale": "none", "lo
 
 def make(kind: str, architecture: Architecture = LLAMA) -> PeftModel:
     """A trained adapter of half width, with scales everywhere, after the activation alone, or nowhere."""
+    return copy.deepcopy(made(kind, architecture.name))
+
+
+@lru_cache
+def made(kind: str, name: str) -> PeftModel:
+    architecture = BY_NAME[name]
     settings = {"no scale": {"scale": "none"}, "low rank": {"method": "svd"}}
     model, config = architecture.make(), half(architecture, **settings.get(kind, {}))
     if kind == "calibrated":

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from architectures import ARCHITECTURES, BY_NAME
+from architectures import ALIKE, ARCHITECTURES, BY_NAME
 from helpers import half, logits, relative, train
 from peft import PeftModel, get_peft_model
 
@@ -24,6 +24,8 @@ RECIPES = {
     "calibrated, the paper's scale": {"representative": "centroid", "scale": "counts"},
     "calibrated pruning": {"method": "pruning"},
 }
+MATRIX = [(a, recipe) for recipe in RECIPES for a in ARCHITECTURES if a.name not in ALIKE or recipe == "calibrated"]
+every_recipe = pytest.mark.parametrize(("architecture", "recipe"), MATRIX, ids=lambda a: getattr(a, "name", a))
 
 
 def make(architecture, recipe: str, ratio: float = 0.5):
@@ -36,8 +38,8 @@ def make(architecture, recipe: str, ratio: float = 0.5):
     return fused, config
 
 
-@every
-@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.common
+@every_recipe
 def test_trained_saved_reloaded_and_merged(architecture, recipe, tmp_path):
     fused, config = make(architecture, recipe)
     before = logits(fused, architecture)
@@ -56,8 +58,7 @@ def test_trained_saved_reloaded_and_merged(architecture, recipe, tmp_path):
     assert relative(logits(stock, architecture), expected) < 1e-4
 
 
-@every
-@pytest.mark.parametrize("recipe", RECIPES)
+@every_recipe
 def test_full_width_is_the_original(architecture, recipe):
     fused, _ = make(architecture, recipe, ratio=1.0)
     assert relative(logits(fused, architecture), logits(architecture.make(), architecture)) < 1e-4

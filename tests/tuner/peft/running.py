@@ -189,11 +189,9 @@ def a_refused_adapter_can_be_corrected(architecture: Architecture, folder: Path)
 RUNNING = [
     generating,
     input_embeddings,
-    dispatching,
-    half_precision,
     gradient_checkpointing,
-    compiling,
     transformers_own_adapters,
     auto_model_of_an_adapter,
     a_refused_adapter_can_be_corrected,
 ]
+LONG = [dispatching, half_precision, compiling]

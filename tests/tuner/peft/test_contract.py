@@ -10,12 +10,16 @@ from adapters import ADAPTERS
 from architectures import ARCHITECTURES, BY_NAME, Architecture
 from helpers import half, logits
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
-from running import RUNNING
+from running import LONG, RUNNING
 
 from peft_fusion import FusionConfig
 
 
-@pytest.mark.parametrize("behaviour", [*ADAPTERS, *RUNNING], ids=lambda b: b.__name__)
+@pytest.mark.parametrize(
+    "behaviour",
+    [*ADAPTERS, *RUNNING, *(pytest.param(b, marks=pytest.mark.common) for b in LONG)],
+    ids=lambda b: b.__name__,
+)
 @pytest.mark.parametrize("architecture", ARCHITECTURES, ids=lambda a: a.name)
 def test_contract(architecture: Architecture, behaviour, tmp_path: Path):
     behaviour(architecture, tmp_path)
