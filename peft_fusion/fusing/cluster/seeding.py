@@ -101,37 +101,43 @@ def _tile(gram: Tensor) -> int:
 
 
 class _Forest:
-    """Clusters being merged: inner products of their means, and each one's nearest.
+    """Clusters being merged: what each merge would cost, and with which each one's is cheapest.
 
-    A merged cluster lies no nearer to the others than the nearer of its parts did, so the nearest changes only for
-    clusters whose nearest was merged. Clusters merged into others stay in place, infinitely far, until enough of
-    them are there to make dropping them worth a copy.
+    The costs of joining a merged cluster follow from those of joining its parts (`_joined`), so that a merge writes
+    the rows and columns that it changes and the others are only read. A merged cluster is no cheaper to join than the
+    cheaper of its parts was, so the cheapest changes only for clusters whose cheapest was merged. Clusters merged into
+    others stay in place, infinitely far, until enough of them are there to make dropping them worth a copy.
     """
 
     def __init__(self, gram: Tensor, labels: Tensor) -> None:
         self.labels = labels
         self.counts = torch.bincount(labels).to(gram.dtype)
+        self.gone = torch.zeros_like(self.counts)  # infinite for what was merged into another
         if len(self.counts) < len(labels):
             gram = sum_by_label(sum_by_label(gram, labels, len(self.counts)).T.contiguous(), labels, len(self.counts))
             gram /= self.counts * self.counts.unsqueeze(1)
-            self.products = gram
+            self.costs = gram
         else:
-            self.products = gram.clone()
-        self.squares = self.products.diagonal().clone()
-        self.cost = torch.empty_like(self.squares)
-        self.nearest = torch.empty_like(self.cost, dtype=torch.int64)
-        self._find_nearest(torch.arange(len(self.counts), device=gram.device))
+            self.costs = gram.clone()
+        squares, inverse = self.costs.diagonal().clone(), 1 / self.counts
+        every = torch.arange(len(self.counts), device=gram.device)
+        tile = _tile(self.costs)
+        for rows, part in zip(self.costs.split(tile), every.split(tile), strict=True):
+            merge_costs(rows, squares, inverse, part)
+        self.cost = torch.empty_like(squares)
+        self.nearest = torch.empty_like(every)
+        self._find_nearest(every)
 
     def merge(self, limit: int) -> int:
-        """Merge the pairs that are each other's nearest, at most `limit`, cheapest first; returns how many."""
+        """Merge the pairs that are each other's cheapest, at most `limit`, cheapest first; returns how many."""
         into, gone = self._mutual_pairs(limit)
         relabel = torch.arange(len(self.counts), device=into.device)
         relabel[gone] = into
         self.labels = relabel[self.labels]
         self._combine(into, gone)
-        touched = torch.zeros_like(self.counts, dtype=torch.bool)
+        touched = torch.zeros_like(self.gone, dtype=torch.bool)
         touched[into] = touched[gone] = True
-        alive = self.squares.isfinite()
+        alive = self.gone == 0
         stale = (touched | touched[self.nearest]) & alive
         if int(alive.sum()) < 0.8 * len(alive):
             stale = self._compact(alive.nonzero().squeeze(1), stale)
@@ -140,39 +146,52 @@ class _Forest:
 
     def _mutual_pairs(self, limit: int) -> tuple[Tensor, Tensor]:
         into = mutual_pairs(self.nearest)
-        into = into[self.squares[into].isfinite()]
+        into = into[self.gone[into] == 0]
         if len(into) == 0:  # ties that a device breaks at random could chase each other round
             into = self.cost.argmin().unsqueeze(0)
         into = into[self.cost[into].argsort(stable=True)][:limit]
         return into, self.nearest[into]
 
     def _combine(self, into: Tensor, gone: Tensor) -> None:
-        share = self.counts[into] / (self.counts[into] + self.counts[gone])
-        rows = self.products.index_select(0, into).mul_(share.unsqueeze(1))
-        rows += self.products.index_select(0, gone).mul_((1 - share).unsqueeze(1))
-        rows[:, into] = rows[:, into] * share + rows[:, gone] * (1 - share)
-        self.products.index_copy_(0, into, rows)
-        self.products[:, into] = rows.T
+        own, (first, second) = self.costs[into, gone].unsqueeze(1), self.counts[torch.stack([into, gone])].unsqueeze(2)
+        rows = _joined(
+            self.costs.index_select(0, into), self.costs.index_select(0, gone), own, first, second, self.counts
+        )
         self.counts[into] += self.counts[gone]
-        self.squares[into] = self.products[into, into]
-        self.squares[gone] = self.cost[gone] = torch.inf
+        mutual = _joined(rows[:, into], rows[:, gone], own.T, first.T, second.T, self.counts[into].unsqueeze(1))
+        rows[:, into] = (mutual + mutual.T) / 2  # the two orders of merging differ by rounding
+        self.costs.index_copy_(0, into, rows)
+        self.costs.scatter_(1, into.expand(len(self.costs), -1), rows.T)  # twice as fast as `costs[:, into] = rows.T`
+        self.cost[gone] = self.gone[gone] = torch.inf
 
     def _compact(self, kept: Tensor, stale: Tensor) -> Tensor:
         """Drop all clusters but `kept`, within the memory that they have: a row never moves past one still unread."""
         place = torch.full_like(self.nearest, -1)
         place[kept] = torch.arange(len(kept), device=kept.device)
         self.labels = place[self.labels]
-        packed = self.products.view(-1)[: len(kept) ** 2].view(len(kept), len(kept))
-        tile = _tile(self.products)
+        packed = self.costs.view(-1)[: len(kept) ** 2].view(len(kept), len(kept))
+        tile = _tile(self.costs)
         for rows, out in zip(kept.split(tile), packed.split(tile), strict=True):
-            out.copy_(self.products.index_select(0, rows).index_select(1, kept))
-        self.products = packed
-        self.counts, self.squares, self.cost = self.counts[kept], self.squares[kept], self.cost[kept]
+            out.copy_(self.costs.index_select(0, rows).index_select(1, kept))
+        self.costs = packed
+        self.counts, self.cost, self.gone = self.counts[kept], self.cost[kept], self.gone[kept]
         self.nearest = place[self.nearest[kept]]
         return stale[kept]
 
     def _find_nearest(self, clusters: Tensor) -> None:
-        inverse = 1 / self.counts
-        for part in clusters.split(_tile(self.products)):
-            costs = merge_costs(self.products.index_select(0, part), self.squares, inverse, part)
-            self.cost[part], self.nearest[part] = cheapest(costs, 1)
+        for part in clusters.split(_tile(self.costs)):
+            self.cost[part], self.nearest[part] = cheapest(self.costs.index_select(0, part).add_(self.gone), 1)
+
+
+def _joined(a: Tensor, b: Tensor, apart: Tensor, n_a: Tensor, n_b: Tensor, n: Tensor) -> Tensor:
+    """What joining the union of clusters a and b costs others (Lance and Williams, 1967); overwrites `a` and `b`.
+
+    Args:
+        a: what joining a costs each of the others.
+        b: the same of b.
+        apart: what merging a and b costs.
+        n_a: the rows in a.
+        n_b: the rows in b.
+        n: the rows in each of the others.
+    """
+    return a.mul_(n_a + n).add_(b.mul_(n_b + n)).sub_(apart * n).div_(n_a + n_b + n)

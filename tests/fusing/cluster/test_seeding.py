@@ -80,16 +80,17 @@ def test_rows_leave_a_label_that_they_share_and_no_more_than_needed():
 
 def check_forest(forest: _Forest, rows: Tensor) -> None:
     """All that it holds of the clusters that are left is what the rows say."""
-    alive = forest.squares.isfinite().nonzero().squeeze(1)
+    alive = (forest.gone == 0).nonzero().squeeze(1)
     assert sorted(forest.labels.unique().tolist()) == alive.tolist()
     m = torch.stack([rows[forest.labels == label].mean(0) for label in alive])
     counts = torch.tensor([int((forest.labels == label).sum()) for label in alive]).double()
     assert torch.equal(forest.counts[alive], counts)
-    torch.testing.assert_close(forest.products[alive][:, alive], product(m))
-    torch.testing.assert_close(forest.squares[alive], m.square().sum(1))
     costs = torch.cdist(m, m, compute_mode="donot_use_mm_for_euclid_dist").square()
     costs = costs * counts * counts.unsqueeze(1) / (counts + counts.unsqueeze(1))
     costs.fill_diagonal_(torch.inf)
+    held = forest.costs[alive][:, alive]
+    torch.testing.assert_close(held, costs, rtol=1e-6, atol=1e-9)
+    assert torch.equal(held, held.T)  # else of two clusters each other's cheapest would be a third
     if len(alive) > 1:
         torch.testing.assert_close(forest.cost[alive], costs.amin(1), rtol=1e-6, atol=1e-9)
         assert torch.equal(forest.nearest[alive], alive[costs.argmin(1)])
@@ -106,7 +107,8 @@ def test_a_forest_is_what_its_merges_make_it(tile, shared, limit, monkeypatch):
         if shared:
             rows = rows[torch.arange(26) // 3 * 2]
             labels = _merge_duplicates(product(rows))
-        gram = product(rows)
+        gram = (product(rows) + product(rows).T) / 2
+        given = gram.clone()
         forest, left = _Forest(gram, labels), int(labels.max()) + 1
         check_forest(forest, rows)
         while left > 1:
@@ -121,7 +123,20 @@ def test_a_forest_is_what_its_merges_make_it(tile, shared, limit, monkeypatch):
                     label for label in forest.labels.unique() if len(before[forest.labels == label].unique()) > 1
                 )
                 assert ward_cost(rows, before, forest.labels == pair) == pytest.approx(float(cost))
-        assert torch.equal(gram, product(rows))
+        assert torch.equal(gram, given)
+
+
+def test_costs_that_follow_from_costs_stay_right():
+    """In float32, over hundreds of merges and with rows of all sizes."""
+    rows = rows_of(400, 50) * torch.logspace(-2, 2, 400).double().unsqueeze(1)
+    forest, left = _Forest(product(rows).float(), torch.arange(400)), 400
+    while left > 12:
+        left -= forest.merge(left - 12)
+    m = torch.stack([rows[forest.labels == label].mean(0) for label in forest.labels.unique()])
+    counts = torch.bincount(forest.labels.unique(return_inverse=True)[1]).double()
+    expected = torch.cdist(m, m).square() * counts * counts.unsqueeze(1) / (counts + counts.unsqueeze(1))
+    held = forest.costs[forest.gone == 0][:, forest.gone == 0].double()
+    torch.testing.assert_close(held, expected.fill_diagonal_(torch.inf), rtol=1e-4, atol=0)
 
 
 def ward_cost(rows: Tensor, before: Tensor, members: Tensor) -> float:
