@@ -62,7 +62,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--seed", type=int, default=0)
     add("--json", type=Path, metavar="FILE", help="keep finished rows here")
     add("--smoke", action="store_true", help="little text: does everything work?")
-    parser.set_defaults(tune=False, distill=0, quick=True)
+    parser.set_defaults(tune=False, distill=0, quick=True, sequences=None)
     return parser.parse_args()
 
 
