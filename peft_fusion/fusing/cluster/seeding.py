@@ -112,7 +112,7 @@ class _Forest:
     def __init__(self, gram: Tensor, labels: Tensor) -> None:
         self.labels = labels
         self.counts = torch.bincount(labels).to(gram.dtype)
-        self.gone = torch.zeros_like(self.counts)  # infinite for what was merged into another
+        self.penalty = torch.zeros_like(self.counts)  # on all costs; infinite for what was merged into another
         if len(self.counts) < len(labels):
             gram = sum_by_label(sum_by_label(gram, labels, len(self.counts)).T.contiguous(), labels, len(self.counts))
             gram /= self.counts * self.counts.unsqueeze(1)
@@ -135,9 +135,9 @@ class _Forest:
         relabel[gone] = into
         self.labels = relabel[self.labels]
         self._combine(into, gone)
-        touched = torch.zeros_like(self.gone, dtype=torch.bool)
+        touched = torch.zeros_like(self.penalty, dtype=torch.bool)
         touched[into] = touched[gone] = True
-        alive = self.gone == 0
+        alive = self.penalty == 0
         stale = (touched | touched[self.nearest]) & alive
         if int(alive.sum()) < 0.8 * len(alive):
             stale = self._compact(alive.nonzero().squeeze(1), stale)
@@ -146,7 +146,7 @@ class _Forest:
 
     def _mutual_pairs(self, limit: int) -> tuple[Tensor, Tensor]:
         into = mutual_pairs(self.nearest)
-        into = into[self.gone[into] == 0]
+        into = into[self.penalty[into] == 0]
         if len(into) == 0:  # ties that a device breaks at random could chase each other round
             into = self.cost.argmin().unsqueeze(0)
         into = into[self.cost[into].argsort(stable=True)][:limit]
@@ -162,7 +162,7 @@ class _Forest:
         rows[:, into] = (mutual + mutual.T) / 2  # the two orders of merging differ by rounding
         self.costs.index_copy_(0, into, rows)
         self.costs.scatter_(1, into.expand(len(self.costs), -1), rows.T)  # twice as fast as `costs[:, into] = rows.T`
-        self.cost[gone] = self.gone[gone] = torch.inf
+        self.cost[gone] = self.penalty[gone] = torch.inf
 
     def _compact(self, kept: Tensor, stale: Tensor) -> Tensor:
         """Drop all clusters but `kept`, within the memory that they have: a row never moves past one still unread."""
@@ -174,13 +174,13 @@ class _Forest:
         for rows, out in zip(kept.split(tile), packed.split(tile), strict=True):
             out.copy_(self.costs.index_select(0, rows).index_select(1, kept))
         self.costs = packed
-        self.counts, self.cost, self.gone = self.counts[kept], self.cost[kept], self.gone[kept]
+        self.counts, self.cost, self.penalty = self.counts[kept], self.cost[kept], self.penalty[kept]
         self.nearest = place[self.nearest[kept]]
         return stale[kept]
 
     def _find_nearest(self, clusters: Tensor) -> None:
         for part in clusters.split(_tile(self.costs)):
-            self.cost[part], self.nearest[part] = cheapest(self.costs.index_select(0, part).add_(self.gone), 1)
+            self.cost[part], self.nearest[part] = cheapest(self.costs.index_select(0, part).add_(self.penalty), 1)
 
 
 def _joined(a: Tensor, b: Tensor, apart: Tensor, n_a: Tensor, n_b: Tensor, n: Tensor) -> Tensor:

@@ -80,7 +80,7 @@ def test_rows_leave_a_label_that_they_share_and_no_more_than_needed():
 
 def check_forest(forest: _Forest, rows: Tensor) -> None:
     """All that it holds of the clusters that are left is what the rows say."""
-    alive = (forest.gone == 0).nonzero().squeeze(1)
+    alive = (forest.penalty == 0).nonzero().squeeze(1)
     assert sorted(forest.labels.unique().tolist()) == alive.tolist()
     m = torch.stack([rows[forest.labels == label].mean(0) for label in alive])
     counts = torch.tensor([int((forest.labels == label).sum()) for label in alive]).double()
@@ -135,7 +135,7 @@ def test_costs_that_follow_from_costs_stay_right():
     m = torch.stack([rows[forest.labels == label].mean(0) for label in forest.labels.unique()])
     counts = torch.bincount(forest.labels.unique(return_inverse=True)[1]).double()
     expected = torch.cdist(m, m).square() * counts * counts.unsqueeze(1) / (counts + counts.unsqueeze(1))
-    held = forest.costs[forest.gone == 0][:, forest.gone == 0].double()
+    held = forest.costs[forest.penalty == 0][:, forest.penalty == 0].double()
     torch.testing.assert_close(held, expected.fill_diagonal_(torch.inf), rtol=1e-4, atol=0)
 
 
