@@ -55,7 +55,7 @@ from quality_variants import LAYERS, VARIANTS  # noqa: E402
 
 LENGTH = 256  # tokens of a sequence of data; the model's own have OWN_LENGTH
 TUNING_TOKENS, TUNING_STEPS = 2**16, 600
-STEP_TOKENS = 1024  # of a step of `distill`
+STEP_TOKENS = 1024  # of a step of `distill`: its own batch, of the model's own text
 TUNED = ("fusion", "pruning by saliency, refit")
 
 Row = dict[str, Any]
@@ -89,6 +89,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--epochs", type=int, default=1, help="of the distillation")
     add("--learning-rate", type=float, help="of the distillation")
     add("--own-length", type=int, default=OWN_LENGTH, help="tokens of own sequences to distil on")
+    add("--step-tokens", type=int, default=STEP_TOKENS, help="of a step of the distillation (default: %(default)s)")
     add("--tune", action="store_true", help=f"also `tune_layers`, for {' and '.join(TUNED)}")
     add("--json", type=Path, metavar="FILE", help="keep finished rows here")
     add("--plot", type=Path, metavar="FILE", help="perplexity against width")
@@ -137,7 +138,8 @@ class SmolLM2:
                 key = self.name_of(name, ratio)
                 if options.distill:
                     length = "" if options.own_length == OWN_LENGTH else f" by {options.own_length}"
-                    key += f" {options.distill} x {options.epochs} at {options.learning_rate}{length}"
+                    steps = "" if options.step_tokens == STEP_TOKENS else f" in steps of {options.step_tokens}"
+                    key += f" {options.distill} x {options.epochs} at {options.learning_rate}{length}{steps}"
                 if key not in done:
                     done[key] = {"variant": name, "layers": options.layers, "ratio": ratio, "seed": options.seed}
                     done[key] |= self.row(name, ratio)
@@ -214,10 +216,11 @@ class SmolLM2:
     def distil(self, fused: PeftModel) -> Row:
         """What `distill` makes of it."""
         options, started = self.options, time.perf_counter()
+        length = options.own_length if options.text == "own" else LENGTH
         with tempfile.TemporaryDirectory() as folder:
             args = TrainingArguments(
                 output_dir=folder,
-                per_device_train_batch_size=STEP_TOKENS // (options.own_length if options.text == "own" else LENGTH),
+                per_device_train_batch_size=max(1, options.step_tokens // length),
                 learning_rate=options.learning_rate or LEARNING_RATE,
                 lr_scheduler_type="cosine",
                 warmup_steps=0.05,
