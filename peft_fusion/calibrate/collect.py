@@ -118,10 +118,9 @@ def _add_up_moments(moments: MomentSums) -> None:
     if ranks.world() == 1:
         return
     tokens = ranks.sum_over_ranks(torch.tensor(moments.tokens))
-    own = moments.moments()
     total = ranks.sum_of(moments.total)
-    means = (ranks.sum_over_ranks(mean * moments.total) / (total or 1.0) for mean in (own.mean, own.mean_out))
+    means = (ranks.sum_over_ranks(mean * moments.total) / (total or 1.0) for mean in moments.means)
     moments.reshift(*means)
-    for name in ("gram", "cross", "sum", "sum_out", "power"):
+    for name in ("gram", "cross", "sum", "sum_out"):
         setattr(moments, name, ranks.sum_over_ranks(getattr(moments, name)))
     moments.tokens, moments.total = int(tokens), total

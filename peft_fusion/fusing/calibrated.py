@@ -8,6 +8,7 @@ from torch import Tensor
 
 from .activations import Activation
 from .centroids import CentroidMoments, centroids_of, clusters_of, refit_to, refit_to_held_out
+from .held_out import HeldOut
 from .kernels import find_kernel
 from .known import KnownFFN, known_ffn
 from .methods import find_method
@@ -15,7 +16,7 @@ from .methods.pruning import norm_products
 from .neurons import eliminate, most_salient, most_salient_of_each
 from .precision import exact_products
 from .recipe import Recipe
-from .refit import Refit, refit, with_fit
+from .refit import Problem, refit, with_fit
 from .rows import check_width, select_rows
 from .scales import match_sizes
 from .statistics import FFNStatistics
@@ -117,19 +118,26 @@ def _candidates(known: KnownFFN, width: int, recipe: Recipe) -> Iterable[Tensor]
 
 
 def _best_of(candidates: Iterable[Tensor], known: KnownFFN, how: str) -> NarrowFFN:
-    """The narrow FFN of those real neurons that come closest to the original on held-out tokens."""
-    fits = ((kept, _fitted(known, kept, how)) for kept in candidates)
-    kept, fit = min(fits, key=lambda found: found[1].error)
-    narrow = with_fit(cast(select_rows(known.weights, kept), known.dtype), fit, known.metric_root)
+    """The narrow FFN of those real neurons that come closest to the original on held-out tokens.
+
+    Of each choice one strength of the ridge is tried, and of the best one all that may be better: a fit takes long.
+    """
+    if how == "none":
+        kept = min(candidates, key=lambda kept: _held_out(known, kept).error(known.seen_weight[kept]))
+        narrow = cast(select_rows(known.weights, kept), known.dtype)
+    else:
+        kept, problem = min(((kept, _problem(known, kept)) for kept in candidates), key=lambda found: found[1].promise)
+        narrow = with_fit(cast(select_rows(known.weights, kept), known.dtype), refit(problem), known.metric_root)
     return NarrowFFN(narrow, narrow.out_weight.new_ones(narrow.width).float())
 
 
-def _fitted(known: KnownFFN, kept: Tensor, how: str) -> Refit:
-    """The out-projection of some of the neurons, in the metric's coordinates."""
-    prior, held_out = known.seen_weight[kept], known.held_out_moments(select_rows(known.weights, kept))
-    if how == "none":
-        return Refit(prior, None, float("inf"), held_out.error(prior))
-    return refit(known.moments_of_kept(kept), prior, held_out)
+def _problem(known: KnownFFN, kept: Tensor) -> Problem:
+    """The refit of some of the neurons, in the metric's coordinates."""
+    return Problem(known.moments_of_kept(kept), known.seen_weight[kept], _held_out(known, kept))
+
+
+def _held_out(known: KnownFFN, kept: Tensor) -> HeldOut:
+    return known.held_out(select_rows(known.weights, kept))
 
 
 def _centroids(known: KnownFFN, width: int, recipe: Recipe, moments: CentroidMoments | None) -> NarrowFFN:
@@ -139,5 +147,5 @@ def _centroids(known: KnownFFN, width: int, recipe: Recipe, moments: CentroidMom
         return narrow
     if moments is None:
         return refit_to_held_out(narrow, known)
-    held_out = known.held_out_moments(narrow.weights, narrow.scale)
+    held_out = known.held_out(narrow.weights, narrow.scale)
     return refit_to(narrow, moments.moments(), held_out, known.metric_root)

@@ -12,14 +12,15 @@ from torch import Tensor
 
 from .activations import Activation, hidden_activations, in_chunks
 from .cluster.kmeans import Clustering, kernel_kmeans
+from .held_out import HeldOut
 from .kernels import find_kernel
 from .known import KnownFFN
 from .methods.fusion import centroids
 from .metric import in_metric
-from .moments import Moments, MomentSums, SampleMoments
+from .moments import Moments, MomentSums
 from .precision import exact_products
 from .recipe import Recipe
-from .refit import refit, with_fit
+from .refit import Problem, refit, with_fit
 from .weights import FFNWeights, NarrowFFN, cast
 
 
@@ -75,28 +76,28 @@ class CentroidMoments(MomentSums):
                 self.add(own, hidden @ self._weights.out_weight.to(hidden), own_weights)
 
 
-def refit_to(
-    narrow: NarrowFFN, moments: Moments, held_out: SampleMoments, metric_root: Tensor | None = None
-) -> NarrowFFN:
+def refit_to(narrow: NarrowFFN, moments: Moments, held_out: HeldOut, metric_root: Tensor | None = None) -> NarrowFFN:
     """A narrow FFN with its out-projection fitted to what the original puts out.
 
     Args:
         narrow: it before; its scale stays.
         moments: of its hidden activations, times the scale, and the original's outputs over the tokens to fit to.
-        held_out: the same over held-out tokens, with the outputs in the metric's coordinates.
+        held_out: both on held-out tokens, with the outputs in the metric's coordinates.
         metric_root: of the metric in which errors are measured; None: the plain one.
     """
     moments = _as_fitted(narrow, moments.in_metric(metric_root))
-    fit = refit(moments, in_metric(narrow.weights.out_weight, metric_root), held_out)
+    fit = refit(Problem(moments, in_metric(narrow.weights.out_weight, metric_root), held_out))
     return replace(narrow, weights=with_fit(narrow.weights, fit, metric_root))
 
 
 def refit_to_held_out(narrow: NarrowFFN, known: KnownFFN) -> NarrowFFN:
     """The same without a second pass: fitted to one half of the held-out tokens and judged on the other."""
     half = len(known.inputs) // 2
-    moments = _as_fitted(narrow, known.held_out_moments(narrow.weights, narrow.scale, slice(0, half)))
-    held_out = known.held_out_moments(narrow.weights, narrow.scale, slice(half, None))
-    fit = refit(moments, in_metric(narrow.weights.out_weight, known.metric_root), held_out)
+    to_fit, held_out = (
+        known.held_out(narrow.weights, narrow.scale, part) for part in (slice(0, half), slice(half, None))
+    )
+    moments = _as_fitted(narrow, to_fit.moments())
+    fit = refit(Problem(moments, in_metric(narrow.weights.out_weight, known.metric_root), held_out))
     return replace(narrow, weights=with_fit(narrow.weights, fit, known.metric_root))
 
 

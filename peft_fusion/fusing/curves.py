@@ -8,11 +8,11 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from .activations import Activation
+from .held_out import HeldOut
 from .known import KnownFFN, known_ffn
-from .moments import SampleMoments
 from .neurons import eliminations
 from .precision import exact_products
-from .refit import Refit, refit, with_fit
+from .refit import Problem, Refit, refit, with_fit
 from .rows import select_rows
 from .statistics import FFNStatistics
 from .weights import FFNWeights, NarrowFFN, cast
@@ -58,8 +58,8 @@ def eliminated(
     """
     with exact_products(weights.out_weight.device):
         known = known_ffn(weights, statistics, activation, with_metric=True)
-        held_out = known.held_out_moments(weights)
-        size = (held_out.power + float(held_out.mean_out.square().sum())) * _metric_size(statistics)
+        held_out = known.held_out(weights)
+        size = held_out.size * _metric_size(statistics)
         found = Eliminated({}, {})
         rounds = _rounds(weights.width, widths)
         for left in eliminations(known.second_moment(), known.seen_weight, rounds):
@@ -71,11 +71,9 @@ def eliminated(
     return found
 
 
-def _refitted(known: KnownFFN, left: Tensor, held_out: SampleMoments) -> Refit:
-    """The out-projection of some of the neurons, chosen on held-out tokens, of which the moments of all are given."""
-    gram, cross, mean = held_out.gram[left][:, left], held_out.cross[left], held_out.mean[left]
-    of_left = SampleMoments(gram, cross, mean, held_out.mean_out, held_out.power)
-    return refit(known.moments_of_kept(left), known.seen_weight[left], of_left)
+def _refitted(known: KnownFFN, left: Tensor, held_out: HeldOut) -> Refit:
+    """The out-projection of some of the neurons, chosen on held-out tokens, of which all neurons are given."""
+    return refit(Problem(known.moments_of_kept(left), known.seen_weight[left], held_out.of_neurons(left)))
 
 
 def _narrow(known: KnownFFN, left: Tensor, fit: Refit) -> NarrowFFN:

@@ -8,9 +8,10 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from .activations import CHUNK, Activation, hidden_activations, in_chunks
+from .activations import CHUNK, Activation, hidden_activations
+from .held_out import HeldOut
 from .metric import in_metric, metric_root
-from .moments import Moments, MomentSums, SampleMoments
+from .moments import Moments
 from .statistics import FFNStatistics
 from .weights import FFNWeights
 
@@ -85,26 +86,18 @@ class KnownFFN:
             cross[part] = (rows @ w).double()  # the rows are sums in float32, so no digit is lost
         return Moments(gram, cross, mean[kept] if biased else None, mean @ w.double() if biased else None)
 
-    def held_out_moments(
-        self, narrow: FFNWeights, scale: Tensor | None = None, tokens: slice = slice(None)
-    ) -> SampleMoments:
-        """The moments of a narrow FFN on held-out tokens, with the original's outputs in the metric's coordinates.
+    def held_out(self, narrow: FFNWeights, scale: Tensor | None = None, tokens: slice = slice(None)) -> HeldOut:
+        """A narrow FFN on held-out tokens, with the original's outputs in the metric's coordinates.
 
         Args:
             narrow: the narrow FFN's weights.
             scale: of its hidden activations, tensor of shape (width,), or None for 1.
             tokens: which of the held-out tokens.
-
-        Returns:
-            Float64: sums in float32 leave too little of a small error, a difference of larger ones.
         """
         inputs, outputs = self.inputs[tokens], self.seen_outputs[tokens]
-        sums = MomentSums(narrow.width, outputs.shape[1], outputs.device, torch.float64)
-        token_weights = None if self.token_weights is None else self.token_weights[tokens]
-        for x, y, own_weights in in_chunks(inputs, outputs, token_weights):
-            hidden = hidden_activations(narrow, self.activation, x)
-            sums.add(hidden if scale is None else hidden * scale, y, own_weights)
-        return sums.moments()
+        hidden = torch.cat([hidden_activations(narrow, self.activation, x) for x in inputs.split(CHUNK)])
+        hidden = hidden if scale is None else hidden * scale
+        return HeldOut.of(hidden, outputs, None if self.token_weights is None else self.token_weights[tokens])
 
 
 def known_ffn(

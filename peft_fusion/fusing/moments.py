@@ -41,34 +41,6 @@ class Moments:
         return Moments(gram, cross, None, None)
 
 
-@dataclass(frozen=True)
-class SampleMoments(Moments):
-    """The moments of some tokens about their means, all that the error of any out-projection on them depends on.
-
-    Args:
-        power: E|y - E y|^2.
-    """
-
-    mean: Tensor
-    mean_out: Tensor
-    power: float
-
-    def error(self, out_weight: Tensor, shift: Tensor | None = None) -> float:
-        """E|out_weight^T g + shift - y|^2 / E|y|^2, without running a token through it.
-
-        Args:
-            out_weight: tensor of shape (width, out_dim).
-            shift: tensor of shape (out_dim,), or None.
-        """
-        weight = out_weight.to(self.gram)
-        missed = (self.gram @ weight).sub_(self.cross, alpha=2).mul_(weight).sum() + self.power
-        apart = self.mean @ weight - self.mean_out
-        if shift is not None:
-            apart = apart + shift.to(weight)
-        size = self.power + float(self.mean_out.square().sum())
-        return max(float(missed + apart.square().sum()), 0.0) / max(size, 1e-30)  # NaN stays NaN in this order
-
-
 class MomentSums:
     """Sums over tokens that moments are made of, about fixed shifts: the means of the first tokens.
 
@@ -89,7 +61,7 @@ class MomentSums:
 
         self.gram, self.cross = zeros(width, width, dtype=dtype), zeros(width, out_dim, dtype=dtype)
         self.shift, self.shift_out = zeros(width, dtype=dtype), zeros(out_dim, dtype=dtype)
-        self.sum, self.sum_out, self.power = zeros(width), zeros(out_dim), zeros()  # power: of |y - shift_out|^2
+        self.sum, self.sum_out = zeros(width), zeros(out_dim)
         self.tokens, self.total = 0, 0.0  # the sum of their weights
 
     def add(self, hidden: Tensor, outputs: Tensor, weights: Tensor | None = None) -> None:
@@ -114,14 +86,13 @@ class MomentSums:
             self.cross.addmm_(g.T, y)
         self.sum += weighted(g, weights).sum(0, dtype=torch.float64)
         self.sum_out += weighted(y, weights).sum(0, dtype=torch.float64)
-        self.power += y.square().sum(dtype=torch.float64)
         self.tokens += len(hidden)
         self.total += len(hidden) if weights is None else float(weights.sum(dtype=torch.float64))
 
     def reshift(self, mean: Tensor, mean_out: Tensor) -> None:
         """Moves the shifts, so that the sums of several ranks, all moved to the same ones, can be added up.
 
-        `gram`, `cross`, `sum`, `sum_out`, `power`, `total` and `tokens` are then those of one rank with all tokens.
+        `gram`, `cross`, `sum`, `sum_out`, `total` and `tokens` are then those of one rank with all tokens.
 
         Args:
             mean: tensor of shape (width,), near the mean of all tokens' hidden activations, the same on every rank.
@@ -131,19 +102,23 @@ class MomentSums:
         change, change_out = shift.double() - self.shift, shift_out.double() - self.shift_out
         move_shift(self.gram, (self.sum, self.sum), (change, change), self.total)
         move_shift(self.cross, (self.sum, self.sum_out), (change, change_out), self.total)
-        self.power += change_out @ (change_out * self.total - 2 * self.sum_out)
         self.sum -= change * self.total
         self.sum_out -= change_out * self.total
         self.shift, self.shift_out = shift, shift_out
 
-    def moments(self) -> SampleMoments:
+    @property
+    def means(self) -> tuple[Tensor, Tensor]:
+        """E[g] and E[y], float64."""
+        count = self.total or 1.0
+        return self.shift + self.sum / count, self.shift_out + self.sum_out / count
+
+    def moments(self) -> Moments:
         """The moments of all tokens so far, in float64."""
         count = self.total or 1.0
         offset, offset_out = self.sum / count, self.sum_out / count
         gram = (self.gram.double() / count).addr_(offset, offset, alpha=-1)
         cross = (self.cross.double() / count).addr_(offset, offset_out, alpha=-1)
-        power = float(self.power / count - offset_out.square().sum())
-        return SampleMoments(gram, cross, self.shift + offset, self.shift_out + offset_out, max(power, 0.0))
+        return Moments(gram, cross, *self.means)
 
 
 def weighted(values: Tensor, weights: Tensor | None) -> Tensor:

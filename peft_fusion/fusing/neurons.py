@@ -16,6 +16,9 @@ ROUNDS = 24
 ROWS = 512
 """Rows of a matrix that are moved at once."""
 
+TILE = 1024
+"""Rows of a triangle that are computed at once, as far as the last one of them goes."""
+
 
 def most_salient(saliency: Tensor, width: int) -> Tensor:
     """The neurons that put out most: the largest E[h_i^2] |w2_i|^2, in their original order.
@@ -83,19 +86,29 @@ def eliminations(second_moment: Tensor, out_weight: Tensor, counts: Iterable[int
     Yields:
         int64 tensors of shape (count,): those left, in their original order.
     """
-    inverse = _shrunk_inverse(second_moment)
+    inverse = _shrunk_inverse(second_moment)  # only its lower triangle is kept up to date
     weights, left = out_weight.to(inverse.dtype, copy=True), torch.arange(len(inverse), device=inverse.device)
     for remaining in counts:
         cost = weights.square().sum(1) / inverse.diagonal()
         dead = cost.argsort(stable=True)[: len(left) - remaining]
-        # inverse[dead, dead]^-1 times the rows of what goes, as the block inverse has it
-        rows = inverse.index_select(0, dead)
-        factors = torch.linalg.lu_factor(rows[:, dead])
-        weights.addmm_(rows.T, torch.linalg.lu_solve(*factors, weights[dead]), alpha=-1)
-        inverse.addmm_(rows.T, torch.linalg.lu_solve(*factors, rows), alpha=-1)
         kept = torch.ones_like(left, dtype=torch.bool).index_fill_(0, dead, False).nonzero().squeeze(1)
-        inverse, weights, left = _only(kept, inverse), weights[kept], left[kept]
+        rows = _rows(inverse, dead)
+        root = torch.linalg.cholesky(rows[:, dead])  # what goes is taken out as the block inverse has it
+        factors, moved = (
+            torch.linalg.solve_triangular(root, part, upper=False) for part in (rows[:, kept], weights[dead])
+        )
+        inverse, weights, left = _only(kept, inverse), weights[kept].addmm_(factors.T, moved, alpha=-1), left[kept]
+        for start in range(0, remaining, TILE):
+            stop = start + TILE
+            inverse[start:stop, :stop].addmm_(factors[:, start:stop].T, factors[:, :stop], alpha=-1)
         yield left
+
+
+def _rows(lower: Tensor, numbers: Tensor) -> Tensor:
+    """Rows of a symmetric matrix of which the lower triangle is given; a new tensor."""
+    columns = torch.arange(len(lower), device=lower.device)
+    below = columns <= numbers.unsqueeze(1)
+    return torch.where(below, lower.index_select(0, numbers), lower.index_select(1, numbers).T)
 
 
 def _only(kept: Tensor, matrix: Tensor) -> Tensor:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
+from .held_out import HeldOut
 from .metric import out_of_metric
-from .moments import Moments, SampleMoments
+from .moments import Moments
 from .weights import FFNWeights
 
 STRENGTHS = (0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0)
@@ -36,7 +38,47 @@ class Refit:
     error: float
 
 
-def refit(moments: Moments, prior: Tensor, held_out: SampleMoments) -> Refit:
+@dataclass(frozen=True)
+class Problem:
+    """What an out-projection is fitted to, shrunk towards and judged by.
+
+    Args:
+        moments: over the tokens to fit to; about means if the FFN has an out-bias to adapt, for none is invented.
+        prior: the out-weights without a refit, shape (width, out_dim).
+        held_out: the held-out tokens.
+    """
+
+    moments: Moments
+    prior: Tensor
+    held_out: HeldOut
+
+    def fit(self, strength: float) -> Refit | None:
+        """The fit with one strength; None if there is no unique one."""
+        moments, shift = self.moments, None
+        weight = _solve(moments, self.prior, strength)
+        if weight is None:
+            return None
+        if moments.mean is not None and moments.mean_out is not None:
+            shift = moments.mean_out - moments.mean @ weight
+        return Refit(weight.to(self.prior), shift, strength, self.held_out.error(weight, shift))
+
+    @cached_property
+    def unfitted(self) -> Refit:
+        """The out-projection as it is."""
+        return Refit(self.prior, None, float("inf"), self.held_out.error(self.prior))
+
+    @cached_property
+    def middle(self) -> Refit | None:
+        """The fit with the middle one of the strengths."""
+        return self.fit(STRENGTHS[len(STRENGTHS) // 2])
+
+    @property
+    def promise(self) -> float:
+        """An error that it reaches, by which problems are compared before all strengths are tried."""
+        return min(fit.error for fit in (self.unfitted, self.middle) if fit is not None)
+
+
+def refit(problem: Problem) -> Refit:
     """Fits the out-projection by ridge regression, shrunk towards a solution that needs no data.
 
         minimise over B:  E|y - B^T g|^2 + strength * sum_j E[g_j^2] |B_j - prior_j|^2
@@ -46,43 +88,24 @@ def refit(moments: Moments, prior: Tensor, held_out: SampleMoments) -> Refit:
     strength whose equations have no unique solution is left out. The minimum does not depend on the metric in whose
     coordinates outputs are given, as every output has weights of its own; the choice of the strength does.
 
-    Args:
-        moments: over the tokens to fit to; about means if the FFN has an out-bias to adapt, for none is invented.
-        prior: the out-weights without a refit, shape (width, out_dim).
-        held_out: over held-out tokens.
-
     Returns:
-        The best fit, in the dtype of `prior`.
+        The best fit, in the dtype of the prior.
     """
-    none = Refit(prior, None, float("inf"), held_out.error(prior))
     middle = len(STRENGTHS) // 2
-    start = _fit(moments, prior, held_out, STRENGTHS[middle])
     ways = (STRENGTHS[middle + 1 :], STRENGTHS[:middle][::-1])
-    fits = [_downhill(moments, prior, held_out, start, way) for way in ways]
-    return min([none, *(fit for fit in fits if fit is not None)], key=lambda fit: fit.error)
+    fits = [_downhill(problem, way) for way in ways]
+    return min([problem.unfitted, *(fit for fit in fits if fit is not None)], key=lambda fit: fit.error)
 
 
-def _downhill(
-    moments: Moments, prior: Tensor, held_out: SampleMoments, start: Refit | None, strengths: Sequence[float]
-) -> Refit | None:
+def _downhill(problem: Problem, strengths: Sequence[float]) -> Refit | None:
     """The last of some strengths before the error grows: it has one minimum, and each strength takes a solution."""
-    best = start
+    best = problem.middle
     for strength in strengths:
-        fit = _fit(moments, prior, held_out, strength)
+        fit = problem.fit(strength)
         if fit is not None and best is not None and fit.error > best.error:
             break
         best = fit or best
     return best
-
-
-def _fit(moments: Moments, prior: Tensor, held_out: SampleMoments, strength: float) -> Refit | None:
-    """The fit with one strength; None if there is no unique one."""
-    weight, shift = _solve(moments, prior, strength), None
-    if weight is None:
-        return None
-    if moments.mean is not None and moments.mean_out is not None:
-        shift = moments.mean_out - moments.mean @ weight
-    return Refit(weight.to(prior), shift, strength, held_out.error(weight, shift))
 
 
 def with_fit(narrow: FFNWeights, fit: Refit, metric_root: Tensor | None) -> FFNWeights:

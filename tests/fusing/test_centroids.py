@@ -10,6 +10,7 @@ from torch.nn.functional import gelu, silu
 from peft_fusion.fusing.activations import hidden_activations
 from peft_fusion.fusing.calibrated import cluster_centroids, fuse_calibrated
 from peft_fusion.fusing.centroids import CentroidMoments, refit_to
+from peft_fusion.fusing.held_out import HeldOut
 from peft_fusion.fusing.metric import in_metric, metric_root, out_of_metric
 from peft_fusion.fusing.moments import MomentSums
 from peft_fusion.fusing.weights import FFNWeights
@@ -93,10 +94,9 @@ def test_the_refit_is_least_squares_over_the_tokens(bias, monkeypatch):
     columns = torch.cat([g, torch.ones_like(g[:, :1])], dim=1) if bias else g
     expected = torch.linalg.lstsq(columns, y).solution
     for root in (None, metric_root(statistics.fisher.double())):
-        training, held_out = MomentSums(NARROW, DIM, dtype=torch.float64), MomentSums(NARROW, DIM, dtype=torch.float64)
+        training, held_out = MomentSums(NARROW, DIM, dtype=torch.float64), HeldOut.of(g.clone(), in_metric(y, root))
         training.add(g, y)
-        held_out.add(g, in_metric(y, root))
-        found = refit_to(narrow, training.moments(), held_out.moments(), root)
+        found = refit_to(narrow, training.moments(), held_out, root)
         torch.testing.assert_close(found.weights.out_weight, expected[:NARROW], rtol=1e-6, atol=1e-8)
         if bias:
             torch.testing.assert_close(found.weights.out_bias, weights.out_bias + expected[-1], rtol=1e-6, atol=1e-8)

@@ -11,8 +11,9 @@ from torch.nn.functional import gelu, silu
 from peft_fusion.fusing import refit as module
 from peft_fusion.fusing.activations import look_inside
 from peft_fusion.fusing.calibrated import fuse_calibrated
-from peft_fusion.fusing.moments import Moments, MomentSums, SampleMoments
-from peft_fusion.fusing.refit import refit
+from peft_fusion.fusing.held_out import HeldOut
+from peft_fusion.fusing.moments import Moments
+from peft_fusion.fusing.refit import Problem, refit
 from peft_fusion.fusing.weights import FFNWeights, cast
 
 
@@ -22,11 +23,12 @@ def kept_moments(hidden: Tensor, out_weight: Tensor, kept: Tensor, bias: bool) -
     return moments if bias else moments.about_zero()
 
 
-def moments_of(hidden: Tensor, outputs: Tensor) -> SampleMoments:
-    sums = MomentSums(hidden.shape[1], outputs.shape[1], dtype=torch.float64)
-    for g, y in zip(hidden.split(300), outputs.split(300), strict=True):
-        sums.add(g, y)
-    return sums.moments()
+def moments_of(hidden: Tensor, outputs: Tensor) -> Moments:
+    return HeldOut.of(hidden.clone(), outputs).moments()
+
+
+def problem(moments: Moments, prior: Tensor, hidden: Tensor, outputs: Tensor) -> Problem:
+    return Problem(moments, prior, HeldOut.of(hidden.clone(), outputs))
 
 
 @pytest.mark.parametrize("bias", [False, True])
@@ -36,7 +38,7 @@ def test_the_refit_is_least_squares_where_nothing_is_shrunk(bias, monkeypatch):
     hidden = look_inside(weights, gelu, x).hidden
     kept, y = torch.arange(0, WIDTH, 2), hidden @ weights.out_weight
     moments = kept_moments(hidden, weights.out_weight, kept, bias)
-    fit = refit(moments, weights.out_weight[kept], moments_of(hidden[:, kept], y))
+    fit = refit(problem(moments, weights.out_weight[kept], hidden[:, kept], y))
     columns = hidden[:, kept]
     if bias:
         columns = torch.cat([columns, torch.ones_like(columns[:, :1])], dim=1)
@@ -54,7 +56,7 @@ def test_the_refit_is_where_the_slope_of_what_it_minimises_is_nothing(bias, monk
     hidden = look_inside(weights, gelu, x).hidden
     kept, y = torch.arange(0, WIDTH, 2), hidden @ weights.out_weight
     g, prior = hidden[:, kept], weights.out_weight[kept]
-    fit = refit(kept_moments(hidden, weights.out_weight, kept, bias), prior, moments_of(g, y))
+    fit = refit(problem(kept_moments(hidden, weights.out_weight, kept, bias), prior, g, y))
     residual = g @ fit.out_weight - y
     if bias:
         residual = residual + fit.bias_change
@@ -64,18 +66,6 @@ def test_the_refit_is_where_the_slope_of_what_it_minimises_is_nothing(bias, monk
     torch.testing.assert_close(slope, torch.zeros_like(slope), rtol=0, atol=1e-9)
 
 
-def test_the_error_by_moments_is_that_of_the_tokens():
-    hidden, y, weight, shift = draw(700, 8, seed=1), draw(700, 5, seed=2) + 1, draw(8, 5, seed=3), draw(1, 5, seed=4)[0]
-    for offset in (0.0, 1e4):
-        moments = moments_of(hidden + offset, y)  # 700 tokens: more than one chunk
-        for bias in (None, shift):
-            missed = (hidden + offset) @ weight + (0 if bias is None else bias) - y
-            expected = float(missed.square().sum() / y.square().sum())
-            assert moments.error(weight, bias) == pytest.approx(expected, rel=1e-9)
-    exact = moments_of(hidden.float(), (hidden @ weight).float())
-    assert exact.error(weight) < 1e-12
-
-
 def test_a_refit_that_does_harm_on_held_out_tokens_is_not_taken():
     weights = make(gated=False)
     x = draw(200, DIM, seed=6)
@@ -83,8 +73,7 @@ def test_a_refit_that_does_harm_on_held_out_tokens_is_not_taken():
     noise = draw(12, WIDTH, seed=7) * 5  # what was accumulated has nothing to do with what is held out
     moments = kept_moments(noise, weights.out_weight, kept, bias=False)
     prior = torch.linalg.lstsq(hidden[:, kept], hidden @ weights.out_weight).solution
-    held_out = moments_of(hidden[:, kept], hidden @ weights.out_weight)
-    fit = refit(moments, prior, held_out)
+    fit = refit(problem(moments, prior, hidden[:, kept], hidden @ weights.out_weight))
     assert fit.strength == float("inf")
     torch.testing.assert_close(fit.out_weight, prior)
 
@@ -95,9 +84,10 @@ def test_a_strength_whose_equations_cannot_be_solved_is_left_out(monkeypatch):
     arguments = (
         kept_moments(hidden, weights.out_weight, kept, bias=True),
         weights.out_weight[kept],
-        moments_of(hidden[:, kept], hidden @ weights.out_weight),
+        hidden[:, kept],
+        hidden @ weights.out_weight,
     )
-    assert refit(*arguments).strength == 0.003
+    assert refit(problem(*arguments)).strength == 0.003
     solve = torch.linalg.cholesky_ex
 
     def solved(matrix, *, out):
@@ -106,7 +96,7 @@ def test_a_strength_whose_equations_cannot_be_solved_is_left_out(monkeypatch):
         out[1].fill_(int(weak))
 
     monkeypatch.setattr(torch.linalg, "cholesky_ex", solved)
-    assert refit(*arguments).strength == 0.03
+    assert refit(problem(*arguments)).strength == 0.03
 
 
 def odd(weights: FFNWeights, activation, kind: str) -> FFNWeights:
@@ -161,7 +151,7 @@ def test_a_neurons_size_does_not_matter_to_the_others(size):
         scaled[:, 2] *= factor
         out[2] /= factor
         g = scaled[:, kept]
-        fit = refit(kept_moments(scaled, out, kept, bias=True), out[kept], moments_of(g, scaled @ out))
+        fit = refit(problem(kept_moments(scaled, out, kept, bias=True), out[kept], g, scaled @ out))
         fit.out_weight[1] *= factor
         found.append(fit.out_weight)
     torch.testing.assert_close(found[1], found[0], rtol=1e-5, atol=1e-6)
@@ -172,10 +162,21 @@ def test_the_strength_is_the_best_of_all_though_not_all_are_tried(tokens, monkey
     weights, kept = make(gated=False), torch.arange(0, WIDTH, 2)
     few, others = (look_inside(weights, gelu, draw(n, DIM, seed=n)).hidden for n in (tokens, 2000))
     moments = kept_moments(few, weights.out_weight, kept, bias=False)
-    arguments = moments, weights.out_weight[kept], moments_of(others[:, kept], others @ weights.out_weight)
+    arguments = moments, weights.out_weight[kept], others[:, kept], others @ weights.out_weight
     tried = []
-    original = module._fit
-    monkeypatch.setattr(module, "_fit", lambda *given: tried.append(given[-1]) or original(*given))
-    found = refit(*arguments)
-    errors = {strength: original(*arguments, strength).error for strength in module.STRENGTHS}
+    original = Problem.fit
+    monkeypatch.setattr(Problem, "fit", lambda self, strength: tried.append(strength) or original(self, strength))
+    found = refit(problem(*arguments))
+    errors = {strength: original(problem(*arguments), strength).error for strength in module.STRENGTHS}
     assert found.error == min(errors.values()) == errors[found.strength] and len(tried) < len(errors)
+
+
+def test_problems_are_compared_by_one_fit_or_by_none_if_that_is_better():
+    weights, x = make(gated=False), draw(500, DIM, seed=5)
+    hidden, kept = look_inside(weights, gelu, x).hidden, torch.arange(0, WIDTH, 2)
+    moments = kept_moments(hidden, weights.out_weight, kept, bias=False)
+    found = problem(moments, weights.out_weight[kept], hidden[:, kept], hidden @ weights.out_weight)
+    assert found.promise == found.fit(0.1).error < found.unfitted.error
+    noise = draw(12, WIDTH, seed=7) * 5  # what was accumulated has nothing to do with what is held out
+    harm = Problem(kept_moments(noise, weights.out_weight, kept, bias=False), refit(found).out_weight, found.held_out)
+    assert harm.promise == harm.unfitted.error < harm.fit(0.1).error
