@@ -9,7 +9,7 @@ added to the kernels
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -47,17 +47,22 @@ def gradient_kernels(inputs: Sequence[Tensor], gradients: Sequence[Tensor]) -> t
     Returns:
         The Adam and the SGD kernel, float64 tensors of shape (n, n) on the CPU.
     """
+    adam, sgd = torch.zeros(2, len(inputs), len(inputs), dtype=torch.float64)
+    for flat in _formed(inputs, gradients):
+        sgd += (flat @ flat.T).cpu()
+        adam += (flat @ flat.sign().T).cpu()
+    return adam, sgd
+
+
+def _formed(inputs: Sequence[Tensor], gradients: Sequence[Tensor]) -> Iterator[Tensor]:
+    """The gradients of one matrix over n sequences, some of its rows at a time: (n, rows * in_dim)."""
     n, in_dim, out_dim = len(inputs), inputs[0].shape[1], gradients[0].shape[1]
-    adam, sgd = torch.zeros(2, n, n, dtype=torch.float64)
     rows = max(1, BLOCK_MEMORY // (2 * n * in_dim * inputs[0].element_size()))  # 2: the gradients and their signs
     for start in range(0, out_dim, rows):
         block = inputs[0].new_empty(n, min(rows, out_dim - start), in_dim)
         for x, gradient, formed in zip(inputs, gradients, block, strict=True):
             torch.mm(gradient[:, start : start + rows].T, x, out=formed)
-        flat = block.flatten(1)
-        sgd += (flat @ flat.T).cpu()
-        adam += (flat @ flat.sign().T).cpu()
-    return adam, sgd
+        yield block.flatten(1)
 
 
 def adam_kernels(weights: FFNWeights, activation: Activation, tokens: TokenGradients) -> tuple[Tensor, ...]:
@@ -84,4 +89,7 @@ def adam_kernels(weights: FFNWeights, activation: Activation, tokens: TokenGradi
 
 
 def _adam_kernel(x: Tensor, gradient: Tensor, counts: tuple[int, ...]) -> Tensor:
-    return gradient_kernels(x.split(counts), gradient.split(counts))[0]
+    kernel = torch.zeros(len(counts), len(counts), dtype=torch.float64)
+    for flat in _formed(x.split(counts), gradient.split(counts)):
+        kernel += (flat @ flat.sign().T).cpu()
+    return kernel

@@ -7,6 +7,8 @@ from collections.abc import Iterable, Iterator
 import torch
 from torch import Tensor
 
+from .cluster.gram import add_products
+
 SHRINKAGE = 3.0
 """Ridge in `eliminate`, relative to each neuron's second moment: how far correlations are trusted on other text."""
 
@@ -15,9 +17,6 @@ ROUNDS = 24
 
 ROWS = 512
 """Rows of a matrix that are moved at once."""
-
-TILE = 1024
-"""Rows of a triangle that are computed at once, as far as the last one of them goes."""
 
 
 def most_salient(saliency: Tensor, width: int) -> Tensor:
@@ -98,9 +97,7 @@ def eliminations(second_moment: Tensor, out_weight: Tensor, counts: Iterable[int
             torch.linalg.solve_triangular(root, part, upper=False) for part in (rows[:, kept], weights[dead])
         )
         inverse, weights, left = _only(kept, inverse), weights[kept].addmm_(factors.T, moved, alpha=-1), left[kept]
-        for start in range(0, remaining, TILE):
-            stop = start + TILE
-            inverse[start:stop, :stop].addmm_(factors[:, start:stop].T, factors[:, :stop], alpha=-1)
+        add_products(inverse, factors.T, -1.0)
         yield left
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .cluster.gram import add_products, mirror
 from .moments import move_shift, weighted
 from .precision import exact_products
 
@@ -41,7 +42,7 @@ class FFNStatistics:
         room: int = SAMPLE_TOKENS,
         weighted: bool = False,
     ) -> None:
-        self.product = torch.zeros(width, width, device=device)  # sum of d d^T
+        self._product, self._mirrored = torch.zeros(width, width, device=device), True
         self.sum = torch.zeros(width, dtype=torch.float64, device=device)  # sum of d
         self.shift = torch.zeros(width, device=device)
         self.tokens, self.total = 0, 0.0  # the sum of their weights
@@ -65,8 +66,9 @@ class FFNStatistics:
             self.shift = hidden.mean(0, dtype=torch.float64).to(self.shift)
         shifted = (hidden - self.shift).float()  # of half precision and float32: float32
         rooted = weighted(shifted, weights)
-        with exact_products(self.product.device):
-            self.product.addmm_(rooted.T, rooted)
+        with exact_products(self._product.device):
+            add_products(self._product, rooted.T)
+        self._mirrored = False
         self.sum += weighted(rooted, weights).sum(0, dtype=torch.float64)
         self.tokens += len(hidden)
         self.total += len(hidden) if weights is None else float(weights.sum(dtype=torch.float64))
@@ -103,6 +105,18 @@ class FFNStatistics:
         move_shift(self.product, (self.sum, self.sum), (change, change), self.total)
         self.sum -= change * self.total
         self.shift = shift
+
+    @property
+    def product(self) -> Tensor:
+        """The sum of d d^T, float32 of shape (neurons, neurons)."""
+        if not self._mirrored:  # sums are of one triangle
+            mirror(self._product)
+            self._mirrored = True
+        return self._product
+
+    @product.setter
+    def product(self, product: Tensor) -> None:
+        self._product, self._mirrored = product, True
 
     @property
     def mean(self) -> Tensor:

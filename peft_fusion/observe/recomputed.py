@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 
 from ..ffn import find_all
@@ -18,7 +18,7 @@ from .forwards import Forward, with_forwards
 
 
 class Recomputed:
-    """Layers that are computed once more for the backward pass; gradients are the same.
+    """Layers that are computed once more for the backward pass, those into which no gradient goes back excepted.
 
     Args:
         layers: the layers, none within another.
@@ -44,6 +44,8 @@ class Recomputed:
         forward = layer.forward
 
         def run(*args: Any, **kwargs: Any) -> Any:
+            if not any(isinstance(given, Tensor) and given.requires_grad for given in (*args, *kwargs.values())):
+                return forward(*args, **kwargs)  # its graph begins behind its FFN, so that there is little to spare
             calls = 0
 
             def compute(*args: Any, **kwargs: Any) -> Any:

@@ -67,15 +67,25 @@ def _accumulate(blocks: Sequence[Tensor], weights: Sequence[float], dtype: torch
     for block, weight in zip(blocks, weights, strict=True):
         for part in block.split(COLUMN_TILE, dim=1):
             part = pad(part.to(dtype), (0, 0, 0, n - rows)) if n > rows else part.to(dtype)
-            for start in range(0, n, ROW_TILE):
-                stop = min(start + ROW_TILE, n)
-                lower = gram[start:stop, :stop]
-                torch.addmm(lower, part[start:stop], part[:stop].T, alpha=weight, out=lower)
-    _mirror(gram)
+            add_products(gram, part, weight)
+    mirror(gram)
     return gram[:rows, :rows].contiguous()
 
 
-def _mirror(gram: Tensor) -> None:
+def add_products(gram: Tensor, rows: Tensor, factor: float = 1.0) -> None:
+    """Add `factor * rows @ rows.T` to the lower triangle of a matrix: little more than half the full product.
+
+    Args:
+        gram: tensor of shape (n, n), written in place; what is above its diagonal means nothing until `mirror`.
+        rows: tensor of shape (n, d), of the same dtype.
+        factor: of the products.
+    """
+    for start in range(0, len(rows), ROW_TILE):
+        stop = min(start + ROW_TILE, len(rows))
+        gram[start:stop, :stop].addmm_(rows[start:stop], rows[:stop].T, alpha=factor)
+
+
+def mirror(gram: Tensor) -> None:
     """Copy the lower triangle onto the upper one, in place, tile by tile."""
     for start in range(0, gram.shape[0], ROW_TILE):
         rows = slice(start, start + ROW_TILE)
