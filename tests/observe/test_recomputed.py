@@ -50,6 +50,15 @@ def test_gradients_are_those_of_the_whole_graph(architecture, watched, whole_gra
         assert torch.equal(found[name][0], x) and torch.equal(found[name][1], d) and bool(d.any())
 
 
+@pytest.mark.parametrize(("watched", "expected"), [(slice(None), [1, 2, 2]), (slice(1, 2), [1, 1, 2])])
+def test_only_what_a_gradient_goes_through_is_computed_again(watched, expected):
+    model, calls = LLAMA.make(num_hidden_layers=3), [0, 0, 0]
+    for number, layer in enumerate(model.model.layers):
+        layer.mlp.up_proj.register_forward_hook(lambda *_, number=number: calls.__setitem__(number, calls[number] + 1))
+    gradients(model, LLAMA, watched)
+    assert calls == expected
+
+
 def test_a_graph_does_not_grow_by_what_layers_compute(whole_graph):
     config = {"num_hidden_layers": 8, "intermediate_size": 512}
     model = LLAMA.make(**config)

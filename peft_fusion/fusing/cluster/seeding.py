@@ -12,6 +12,9 @@ from .reductions import cheapest, merge_costs, mutual_pairs, sum_by_label
 DUPLICATE = 64
 """Rows whose squared distance is below so many rounding errors of their squared norms are taken for equal."""
 
+LOOKS = 32
+"""How many clusters look for their cheapest merge after each merge, if there are so many; see `_Forest`."""
+
 
 def ward(gram: Tensor, n_clusters: int) -> Tensor:
     """Agglomerative clustering by Ward's criterion: merging a and b costs n_a n_b / (n_a + n_b) |m_a - m_b|^2.
@@ -105,8 +108,12 @@ class _Forest:
 
     The costs of joining a merged cluster follow from those of joining its parts (`_joined`), so that a merge writes
     the rows and columns that it changes and the others are only read. A merged cluster is no cheaper to join than the
-    cheaper of its parts was, so the cheapest changes only for clusters whose cheapest was merged. Clusters merged into
-    others stay in place, infinitely far, until enough of them are there to make dropping them worth a copy.
+    cheaper of its parts was: the cheapest changes only for clusters whose cheapest was merged, and what it cost bounds
+    what they will find when they look again. Where many have the same cheapest, a few that look first suffice for the
+    next merges: those with the lowest bounds. Clusters merged into others stay in place, infinitely far, until enough
+    of them are there to make dropping them worth a copy.
+
+    `nearest` is with which cluster each one's cheapest merge is, and itself for those that have to look (again).
     """
 
     def __init__(self, gram: Tensor, labels: Tensor) -> None:
@@ -124,9 +131,8 @@ class _Forest:
         tile = _tile(self.costs)
         for rows, part in zip(self.costs.split(tile), every.split(tile), strict=True):
             merge_costs(rows, squares, inverse, part)
-        self.cost = torch.empty_like(squares)
-        self.nearest = torch.empty_like(every)
-        self._find_nearest(every)
+        self.cost, self.nearest = torch.empty_like(squares), every.clone()
+        self._look(every)
 
     def merge(self, limit: int) -> int:
         """Merge the pairs that are each other's cheapest, at most `limit`, cheapest first; returns how many."""
@@ -137,20 +143,32 @@ class _Forest:
         self._combine(into, gone)
         touched = torch.zeros_like(self.penalty, dtype=torch.bool)
         touched[into] = touched[gone] = True
+        self.nearest = torch.where(touched[self.nearest], torch.arange(len(touched), device=into.device), self.nearest)
         alive = self.penalty == 0
-        stale = (touched | touched[self.nearest]) & alive
         if int(alive.sum()) < 0.8 * len(alive):
-            stale = self._compact(alive.nonzero().squeeze(1), stale)
-        self._find_nearest(stale.nonzero().squeeze(1))
+            self._compact(alive.nonzero().squeeze(1))
+        self._look(self._waiting()[: LOOKS * len(into)])
         return len(into)
 
+    def _waiting(self) -> Tensor:
+        """The clusters that have to look for their cheapest merge, the lowest bounds first."""
+        every = torch.arange(len(self.nearest), device=self.nearest.device)
+        waiting = ((self.nearest == every) & (self.penalty == 0)).nonzero().squeeze(1)
+        return waiting[self.cost[waiting].argsort(stable=True)]
+
     def _mutual_pairs(self, limit: int) -> tuple[Tensor, Tensor]:
-        into = mutual_pairs(self.nearest)
-        into = into[self.penalty[into] == 0]
+        into = self._alive_pairs()
+        while len(into) == 0 and len(waiting := self._waiting()):
+            self._look(waiting[:LOOKS])
+            into = self._alive_pairs()
         if len(into) == 0:  # ties that a device breaks at random could chase each other round
             into = self.cost.argmin().unsqueeze(0)
         into = into[self.cost[into].argsort(stable=True)][:limit]
         return into, self.nearest[into]
+
+    def _alive_pairs(self) -> Tensor:
+        into = mutual_pairs(self.nearest)
+        return into[self.penalty[into] == 0]
 
     def _combine(self, into: Tensor, gone: Tensor) -> None:
         own, (first, second) = self.costs[into, gone].unsqueeze(1), self.counts[torch.stack([into, gone])].unsqueeze(2)
@@ -164,7 +182,7 @@ class _Forest:
         self.costs.scatter_(1, into.expand(len(self.costs), -1), rows.T)  # twice as fast as `costs[:, into] = rows.T`
         self.cost[gone] = self.penalty[gone] = torch.inf
 
-    def _compact(self, kept: Tensor, stale: Tensor) -> Tensor:
+    def _compact(self, kept: Tensor) -> None:
         """Drop all clusters but `kept`, within the memory that they have: a row never moves past one still unread."""
         place = torch.full_like(self.nearest, -1)
         place[kept] = torch.arange(len(kept), device=kept.device)
@@ -176,9 +194,9 @@ class _Forest:
         self.costs = packed
         self.counts, self.cost, self.penalty = self.counts[kept], self.cost[kept], self.penalty[kept]
         self.nearest = place[self.nearest[kept]]
-        return stale[kept]
 
-    def _find_nearest(self, clusters: Tensor) -> None:
+    def _look(self, clusters: Tensor) -> None:
+        """Has clusters look for their cheapest merge."""
         for part in clusters.split(_tile(self.costs)):
             self.cost[part], self.nearest[part] = cheapest(self.costs.index_select(0, part).add_(self.penalty), 1)
 
