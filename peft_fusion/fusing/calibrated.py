@@ -61,7 +61,8 @@ def fuse_calibrated(
     with exact_products(weights.out_weight.device):
         known = known_for(weights, width, statistics, activation, recipe, homogeneity)
         if recipe.representative == "neuron":
-            narrow = _best_of(_candidates(known, width, recipe), known, recipe.refit)
+            choices = list(_candidates(known, width, recipe))  # all of them first: clustering takes the most memory
+            narrow = _best_of(choices, known, recipe.refit)
         else:
             narrow = _centroids(known, width, recipe, centroids)
         if recipe.scale == "ntk":
@@ -117,16 +118,16 @@ def _candidates(known: KnownFFN, width: int, recipe: Recipe) -> Iterable[Tensor]
     yield most_salient(known.saliency, width)
 
 
-def _best_of(candidates: Iterable[Tensor], known: KnownFFN, how: str) -> NarrowFFN:
+def _best_of(choices: Iterable[Tensor], known: KnownFFN, how: str) -> NarrowFFN:
     """The narrow FFN of those real neurons that come closest to the original on held-out tokens.
 
     Of each choice one strength of the ridge is tried, and of the best one all that may be better: a fit takes long.
     """
     if how == "none":
-        kept = min(candidates, key=lambda kept: _held_out(known, kept).error(known.seen_weight[kept]))
+        kept = min(choices, key=lambda kept: _held_out(known, kept).error(known.seen_weight[kept]))
         narrow = cast(select_rows(known.weights, kept), known.dtype)
     else:
-        kept, problem = min(((kept, _problem(known, kept)) for kept in candidates), key=lambda found: found[1].promise)
+        kept, problem = min(((kept, _problem(known, kept)) for kept in choices), key=lambda found: found[1].promise)
         narrow = with_fit(cast(select_rows(known.weights, kept), known.dtype), refit(problem), known.metric_root)
     return NarrowFFN(narrow, narrow.out_weight.new_ones(narrow.width).float())
 

@@ -7,8 +7,6 @@ from collections.abc import Iterable, Iterator
 import torch
 from torch import Tensor
 
-from .cluster.gram import add_products
-
 SHRINKAGE = 3.0
 """Ridge in `eliminate`, relative to each neuron's second moment: how far correlations are trusted on other text."""
 
@@ -85,27 +83,20 @@ def eliminations(second_moment: Tensor, out_weight: Tensor, counts: Iterable[int
     Yields:
         int64 tensors of shape (count,): those left, in their original order.
     """
-    inverse = _shrunk_inverse(second_moment)  # only its lower triangle is kept up to date
+    inverse = _shrunk_inverse(second_moment)
     weights, left = out_weight.to(inverse.dtype, copy=True), torch.arange(len(inverse), device=inverse.device)
     for remaining in counts:
         cost = weights.square().sum(1) / inverse.diagonal()
         dead = cost.argsort(stable=True)[: len(left) - remaining]
         kept = torch.ones_like(left, dtype=torch.bool).index_fill_(0, dead, False).nonzero().squeeze(1)
-        rows = _rows(inverse, dead)
+        rows = inverse.index_select(0, dead)
         root = torch.linalg.cholesky(rows[:, dead])  # what goes is taken out as the block inverse has it
         factors, moved = (
             torch.linalg.solve_triangular(root, part, upper=False) for part in (rows[:, kept], weights[dead])
         )
-        inverse, weights, left = _only(kept, inverse), weights[kept].addmm_(factors.T, moved, alpha=-1), left[kept]
-        add_products(inverse, factors.T, -1.0)
+        inverse = _only(kept, inverse).addmm_(factors.T, factors, alpha=-1)
+        weights, left = weights[kept].addmm_(factors.T, moved, alpha=-1), left[kept]
         yield left
-
-
-def _rows(lower: Tensor, numbers: Tensor) -> Tensor:
-    """Rows of a symmetric matrix of which the lower triangle is given; a new tensor."""
-    columns = torch.arange(len(lower), device=lower.device)
-    below = columns <= numbers.unsqueeze(1)
-    return torch.where(below, lower.index_select(0, numbers), lower.index_select(1, numbers).T)
 
 
 def _only(kept: Tensor, matrix: Tensor) -> Tensor:

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import zlib
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import islice
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..ffn import OneFFN, like_of, networks_of
 from ..progress import progress
 from . import ranks
-from .batches import Batch, padding_mask, token_mask
+from .batches import MOST_LENGTH, Batch, batch_size, padding_mask, passes_of, shortened, token_mask
 from .gradients import gradients_of_sequence
 from .networks import Network
 from .outputs import predicted
@@ -28,6 +30,9 @@ FFNs F is 41 % off after 64 sequences of 64 tokens, against 68 % after 24 and 26
 
 MAGNIFIED = 16.0
 
+MOST_AT_ONCE, ACTIVATIONS_SHARE = 8, 1 / 16
+"""Sequences that go through a model together at most, and the share of the bytes of its weights that they may take."""
+
 CHUNK = 2**19
 """Logits whose probabilities are worked out at once."""
 
@@ -38,7 +43,8 @@ def fisher_information(network: Network, sequences: Sequence[Batch], seed: int) 
     d is the gradient, by what the FFN puts out at a token, of the log-likelihood of outputs that are drawn from the
     model itself; no labels are needed. Every token counts alike, however long its sequence is. Of several ranks each
     takes its own sequences, and all get the sum, that of one process with all of them. Memory: the graph of one layer
-    over one sequence, its logits twice, and 4 * out_dim ** 2 bytes an FFN.
+    over one sequence (over more, of one shape, where that is little beside the weights), its logits twice, and
+    4 * out_dim ** 2 bytes an FFN.
 
     Args:
         network: the original model in eval mode, and its FFNs.
@@ -73,11 +79,15 @@ def fisher_sums(network: Network, sequences: Sequence[Batch], seed: int) -> dict
     def add_up() -> dict[str, FisherSum]:
         sums: dict[str, FisherSum] = {}
         met: Counter[int] = Counter()
-        for sequence in progress(sequences, "Taking gradients of predictions"):
-            draws = draws_of(sequence, seed, met[key := _key(sequence, seed)])
-            met[key] += 1
-            likelihood = partial(drawn_likelihood, network, generator=draws)
-            for name, (_, gradients) in gradients_of_sequence(network, sequence, likelihood, MAGNIFIED).items():
+        passes = passes_of([shortened(sequence) for sequence in sequences], _at_once(network))
+        left = iter(sequences)
+        for joined in progress(passes, "Taking gradients of predictions"):
+            draws = []
+            for sequence in islice(left, batch_size(joined)):
+                draws.append(draws_of(sequence, seed, met[key := _key(sequence, seed)]))
+                met[key] += 1
+            likelihood = partial(drawn_likelihood, network, draws=draws)
+            for name, (_, gradients) in gradients_of_sequence(network, joined, likelihood, MAGNIFIED).items():
                 d = gradients.float()
                 found = sums.setdefault(name, FisherSum(d.new_zeros(d.shape[1], d.shape[1])))
                 found.product.addmm_(d.T, d)
@@ -89,6 +99,18 @@ def fisher_sums(network: Network, sequences: Sequence[Batch], seed: int) -> dict
         name: FisherSum(ranks.sum_over_ranks(found.product), int(ranks.sum_of(found.tokens)))
         for name, found in sums.items()
     }
+
+
+def _at_once(network: Network) -> int:
+    """How many sequences go through a model together: small products leave a machine waiting for its memory."""
+    weights = sum(parameter.nbytes for parameter in network.model.parameters())
+    vocabulary = getattr(getattr(network.model, "config", None), "vocab_size", None) or 0
+    layer = max(like_of(one).element_size() * (4 * one.width + 8 * one.in_dim) for one in _ones(network))
+    return max(1, min(MOST_AT_ONCE, int(ACTIVATIONS_SHARE * weights / (MOST_LENGTH * (layer + 8 * vocabulary)))))
+
+
+def _ones(network: Network) -> Iterator[OneFFN]:
+    return (one for ffn in network.ffns for one in networks_of(ffn))
 
 
 def draws_of(sequence: Batch, seed: int, repeats: int = 0) -> torch.Generator:
@@ -112,7 +134,7 @@ def _key(sequence: Batch, seed: int) -> int:
     return key
 
 
-def drawn_likelihood(network: Network, batch: Batch, generator: torch.Generator) -> Tensor:
+def drawn_likelihood(network: Network, batch: Batch, draws: Sequence[torch.Generator]) -> Tensor:
     """The log-likelihood, summed over a batch's tokens, of outputs that are drawn from the model itself.
 
     A language model's output is a token for each position. That of any other model is taken to be its last hidden state
@@ -121,21 +143,26 @@ def drawn_likelihood(network: Network, batch: Batch, generator: torch.Generator)
     Args:
         network: the network whose outputs they are.
         batch: its inputs.
-        generator: on the CPU, so that the draws are the same on every device.
+        draws: one for each of its sequences, on the CPU, so that they are the same on every device.
 
     Returns:
-        Tensor without dimensions, to be differentiated; the draws are constants.
+        Tensor without dimensions, to be differentiated; what is drawn is constant.
     """
     value, spoken = predicted(network, batch)
     value = value.to(torch.promote_types(value.dtype, torch.float32))
-    likelihood = _categorical(value, generator) if spoken else _gaussian(value, generator)
+    likelihood = _categorical(value, draws) if spoken else _gaussian(value, draws)
     mask = padding_mask(batch, value.shape, network.is_encoder_decoder)
     return likelihood.sum() if mask is None else likelihood[mask.to(likelihood.device)].sum()
 
 
-def _categorical(logits: Tensor, generator: torch.Generator) -> Tensor:
+def _drawn(draw: Callable[..., Tensor], shape: Sequence[int], draws: Sequence[torch.Generator]) -> Tensor:
+    """Random numbers of a shape, its first dimension shared out among the draws."""
+    return torch.cat([draw(shape[0] // len(draws), *shape[1:], generator=generator) for generator in draws])
+
+
+def _categorical(logits: Tensor, draws: Sequence[torch.Generator]) -> Tensor:
     """The log-likelihood of a class drawn at every position: maps (..., classes) to (...), differentiable once."""
-    uniform = torch.rand(logits.shape[:-1], generator=generator).to(logits)
+    uniform = _drawn(torch.rand, logits.shape[:-1], draws).to(logits)
     likelihood: Tensor = _Categorical.apply(logits, uniform)
     return likelihood
 
@@ -166,7 +193,7 @@ class _Categorical(torch.autograd.Function):
         return gradient.mul_(upstream.unsqueeze(-1)), None
 
 
-def _gaussian(mean: Tensor, generator: torch.Generator) -> Tensor:
+def _gaussian(mean: Tensor, draws: Sequence[torch.Generator]) -> Tensor:
     """The log-likelihood, up to a constant, of a vector drawn around every mean: maps (..., dim) to (...)."""
-    drawn = mean.detach() + torch.randn(mean.shape, generator=generator).to(mean)
+    drawn = mean.detach() + _drawn(torch.randn, mean.shape, draws).to(mean)
     return -0.5 * (drawn - mean).square().sum(-1)

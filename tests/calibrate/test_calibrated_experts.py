@@ -147,7 +147,7 @@ def test_the_metric_is_that_of_the_layers_output_times_the_routing_weight(moe):
     model.requires_grad_(True)
     for sequence in sequences:
         with seen(experts.module) as calls:
-            (16 * drawn_likelihood(network, sequence, draws_of(sequence, 0))).backward()
+            (16 * drawn_likelihood(network, sequence, [draws_of(sequence, 0)])).backward()
         (_, chosen, weights, output), *_ = calls
         for index in range(experts.count):
             tokens, place = torch.where(chosen == index)

@@ -8,9 +8,10 @@ from architectures import ARCHITECTURES, BY_NAME
 from torch import Tensor, nn
 
 from peft_fusion.ffn import find_ffns
-from peft_fusion.observe.batches import single_sequences
+from peft_fusion.observe import fisher
+from peft_fusion.observe.batches import batch_size, single_sequences
 from peft_fusion.observe.fisher import _categorical, _gaussian, draws_of, fisher_information
-from peft_fusion.observe.gradients import NoGradients
+from peft_fusion.observe.gradients import NoGradients, gradients_of_sequence
 from peft_fusion.observe.networks import Network
 
 Batch = dict[str, Tensor]
@@ -25,7 +26,7 @@ def fishers(model: nn.Module, batches: list[Batch], seed: int = 0) -> dict[str, 
 def second_moment_of_gradients(likelihood, value: Tensor) -> Tensor:
     """E[g g^T] over many draws at the same value, g the gradient by it."""
     rows = value.repeat(40000, 1).requires_grad_()
-    (gradient,) = torch.autograd.grad(likelihood(rows, torch.Generator().manual_seed(0)).sum(), rows)
+    (gradient,) = torch.autograd.grad(likelihood(rows, [torch.Generator().manual_seed(0)]).sum(), rows)
     return gradient.T @ gradient / len(rows)
 
 
@@ -70,9 +71,9 @@ def lengths(*sizes: int) -> list[Tensor]:
 def test_what_is_drawn_depends_on_a_sequence_and_not_on_its_place():
     model, sequences = BY_NAME["llama"].make(), [{"input_ids": ids} for ids in lengths(7, 7, 7, 7)]
     found, other = fishers(model, sequences), fishers(model, sequences[::-1])
-    for name, fisher in found.items():
-        torch.testing.assert_close(other[name], fisher, rtol=1e-4, atol=1e-5 * float(fisher.abs().max()))
-    assert not torch.allclose(fishers(model, sequences, seed=1)["model.layers.2.mlp"], fisher, rtol=1e-2)
+    for name, own in found.items():
+        torch.testing.assert_close(other[name], own, rtol=1e-4, atol=1e-5 * float(own.abs().max()))
+    assert not torch.allclose(fishers(model, sequences, seed=1)["model.layers.2.mlp"], own, rtol=1e-2)
 
 
 def test_every_token_counts_alike_however_long_its_sequence_is():
@@ -84,6 +85,47 @@ def test_every_token_counts_alike_however_long_its_sequence_is():
     torch.testing.assert_close(found / found.trace(), expected / expected.trace(), rtol=1e-3, atol=1e-6)
     share = by_hand(model, short, seed=3).trace() / expected.trace()
     assert share < 0.3  # the short ones have a tenth of the tokens
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES, ids=lambda a: a.name)
+def test_sequences_that_go_through_a_model_together_give_what_they_give_one_by_one(architecture, monkeypatch):
+    model, batches = architecture.make(), [architecture.batch(size=5), architecture.batch(size=1)]
+    expected, ran = fishers(model, batches), []
+    monkeypatch.setattr(fisher, "_at_once", lambda network: 3)
+    monkeypatch.setattr(
+        fisher,
+        "gradients_of_sequence",
+        lambda *given: ran.append(batch_size(given[1])) or gradients_of_sequence(*given),
+    )
+    for name, found in fishers(model, batches).items():
+        torch.testing.assert_close(found, expected[name], rtol=1e-3, atol=1e-4 * float(expected[name].abs().max()))
+    assert max(ran) > 1 and sum(ran) == 6
+
+
+def test_sequences_of_one_shape_go_together_and_padding_counts_for_nothing(monkeypatch):
+    """Each with its own padding, on either side, and its own draws."""
+    model, ids = BY_NAME["llama"].make(), lengths(7, 9, 12, 12)
+    sequences = []
+    for i, found in enumerate(ids):
+        side = (12 - found.shape[1], 0) if i == 1 else (0, 12 - found.shape[1])
+        masks = torch.nn.functional.pad(torch.ones_like(found), side)
+        sequences.append({"input_ids": torch.nn.functional.pad(found, side, value=7), "attention_mask": masks})
+    expected = fishers(model, sequences)["model.layers.2.mlp"]
+    monkeypatch.setattr(fisher, "_at_once", lambda network: 4)
+    found = fishers(model, sequences)["model.layers.2.mlp"]
+    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4 * float(expected.abs().max()))
+
+
+@pytest.mark.parametrize(
+    ("share", "vocabulary", "expected"), [(1 / 16, 100, 2), (1 / 16, 3000, 1), (1.0, 100, 8), (1e-9, 100, 1)]
+)
+def test_more_sequences_go_together_where_that_is_little_beside_the_weights(share, vocabulary, expected, monkeypatch):
+    model = BY_NAME["llama"].make(hidden_size=512, intermediate_size=1024, num_hidden_layers=11)
+    model.config.vocab_size = vocabulary
+    monkeypatch.setattr(fisher, "ACTIVATIONS_SHARE", share)
+    taken = 64 * (4 * (4 * 1024 + 8 * 512) + 8 * vocabulary)  # by a sequence's layer and its logits
+    fits = int(share * sum(p.nbytes for p in model.parameters()) / taken)
+    assert fisher._at_once(Network(model, find_ffns(model), fused=False)) == expected == max(1, min(8, fits))
 
 
 def test_padding_adds_nothing():
@@ -105,9 +147,9 @@ def test_every_ffn_has_one(architecture, unchanged):
     found = fishers(model, [architecture.batch(seed=seed, size=4) for seed in range(2)])
     check()
     assert len(found) == architecture.ffns
-    for fisher in found.values():
-        assert fisher.shape == (32, 32) and float(fisher.trace()) > 0
-        torch.testing.assert_close(fisher, fisher.T)
+    for own in found.values():
+        assert own.shape == (32, 32) and float(own.trace()) > 0
+        torch.testing.assert_close(own, own.T)
 
 
 @pytest.mark.parametrize(("name", "head", "matters"), [("bert", "classifier", False), ("llama", "lm_head", True)])

@@ -16,15 +16,15 @@ from peft_fusion.observe.gradients import gradients_of_sequence
 from peft_fusion.observe.networks import Network
 from peft_fusion.observe.recomputed import Recomputed
 
-LLAMA = BY_NAME["llama"]
+BERT, LLAMA = BY_NAME["bert"], BY_NAME["llama"]
 
 
 def gradients(model: torch.nn.Module, architecture: Architecture, watched: slice = slice(None), **batch: int):
     network = Network(model, find_ffns(model)[watched], fused=False)
-    generator = torch.Generator().manual_seed(0)
+    draws = [torch.Generator().manual_seed(0)]
 
     def likelihood(batch):
-        return drawn_likelihood(network, batch, generator)
+        return drawn_likelihood(network, batch, draws)
 
     with network.running():
         return gradients_of_sequence(network, architecture.batch(size=1, **batch), likelihood, 1.0)
@@ -52,10 +52,11 @@ def test_gradients_are_those_of_the_whole_graph(architecture, watched, whole_gra
 
 @pytest.mark.parametrize(("watched", "expected"), [(slice(None), [1, 2, 2]), (slice(1, 2), [1, 1, 2])])
 def test_only_what_a_gradient_goes_through_is_computed_again(watched, expected):
-    model, calls = LLAMA.make(num_hidden_layers=3), [0, 0, 0]
-    for number, layer in enumerate(model.model.layers):
-        layer.mlp.up_proj.register_forward_hook(lambda *_, number=number: calls.__setitem__(number, calls[number] + 1))
-    gradients(model, LLAMA, watched)
+    """In BERT a normalisation comes behind the FFN, so that even the first layer keeps something for its gradient."""
+    model, calls = BERT.make(num_hidden_layers=3), [0, 0, 0]
+    for number, layer in enumerate(model.bert.encoder.layer):
+        layer.intermediate.register_forward_hook(lambda *_, number=number: calls.__setitem__(number, calls[number] + 1))
+    gradients(model, BERT, watched)
     assert calls == expected
 
 
