@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ..ffn import Routed, capture_each
 from ..observe.batches import Batch, Positions, batch_size, unlabelled
+from ..observe.needed_layers import NeededLayers
 from ..observe.networks import Network, UnusableActivations
 from ..progress import progress
 from .inputs import HELD_OUT, Inputs
@@ -64,6 +65,8 @@ def run_over(
 ) -> None:
     """One forward pass over the inputs that tells of the tokens that go into FFNs and into their out-projections.
 
+    Layers behind the last of these FFNs do not run, where that can be.
+
     The host never waits for the device in it: tokens are chosen by numbers that the host knows, and whether all of
     them were finite is asked once, at the end.
 
@@ -92,12 +95,14 @@ def run_over(
         return listen
 
     listeners = {"inputs": inputs_listener, "hidden": hidden_listener}
+    layers = NeededLayers(network)
     told_of = {kind: told(listener) for kind, listener in listeners.items() if listener is not None}
     with torch.no_grad(), capture_each(network.ffns, inputs=told_of.get("inputs"), hidden=told_of.get("hidden")):
         for batch in progress(inputs.batches, description):
             size = batch_size(batch)
             places.update({kind: _positions(network, batch) for kind in told_of})
-            network(unlabelled(batch, network.is_encoder_decoder), logits=False)
+            with layers.running():
+                network(unlabelled(batch, network.is_encoder_decoder), logits=False)
             seen += size
     for name, found in looks.items():
         _require_finite(name, found)

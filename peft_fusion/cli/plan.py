@@ -29,8 +29,8 @@ CLUSTERING = 4300.0
 ELIMINATION = 3.0
 """Products per neuron cubed that an inverse and its updates take the time of (docs/results.md)."""
 
-STRENGTHS_TRIED = 5
-"""Of the ridge, for each choice of neurons."""
+CHOICES, FITS = 3, 7
+"""Of an FFN's neurons, and of its out-projection: one strength of the ridge for each choice, and more for the best."""
 
 BATCH = 1024
 """Tokens of a forward pass, and of a step of training."""
@@ -130,21 +130,23 @@ def _clustering(ffns: Sequence[AnyFFN]) -> float:
 def _calibrating(model: Any, ffns: Sequence[AnyFFN], ratio: float, at_once: int, computing: float) -> float:
     """Operations of a calibration on the model's own text, once that is there."""
     groups, tokens = -(-len(ffns) // at_once), OWN_SEQUENCES * OWN_LENGTH
-    passes = groups * 2 * computing * (tokens + 4 * METRIC_SEQUENCES * MOST_LENGTH)  # forward, again, and twice back
+    part = (groups + 1) / (2 * groups)  # of the layers, on average those up to a group's last, or down to its first
+    gradients = (1 + 3 * part) * METRIC_SEQUENCES * MOST_LENGTH  # forward, and of a part again, and twice back
+    passes = groups * 2 * computing * (part * tokens + gradients)
     of_ffns = 0.0
     for ffn in ffns:
         n, kept, count = ffn.width, ratio * ffn.width, len(networks_of(ffn))
-        products = count * _share(model, ffn) * 1.5 * tokens * n**2  # of three tokens in four
+        products = count * _share(model, ffn) * 0.75 * tokens * n**2  # of three tokens in four, one triangle
         search = ffn.out_dim * n**2 + CLUSTERING * n**2 + ELIMINATION * n**3
         of_ffns += products + count * (search + _refitting(n, kept, ffn.out_dim))
     return passes + of_ffns
 
 
 def _refitting(n: int, kept: float, out_dim: int) -> float:
-    """Operations of fitting three choices of neurons; in float64, which is half as fast, all that depends on `kept`."""
-    solution = kept**3 / 3 + 6 * kept**2 * out_dim  # the system's decomposition, its solution, and the error of it
-    held_out = 2 * SAMPLE_TOKENS * kept * (kept + out_dim)
-    return 3 * (2 * (STRENGTHS_TRIED * solution + held_out) + 2 * n * kept * out_dim)
+    """Operations of fitting some choices of neurons; the solutions in float64, which is half as fast."""
+    solution = 2 * (kept**3 / 3 + 2 * kept**2 * out_dim)
+    judged = 2 * SAMPLE_TOKENS * kept * out_dim
+    return FITS * (solution + judged) + CHOICES * 2 * n * kept * out_dim
 
 
 def _activations(model: Any, ffns: Sequence[AnyFFN]) -> int:

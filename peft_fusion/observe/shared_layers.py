@@ -62,17 +62,26 @@ def shared_layers(model: nn.Module, training: Sequence[str]) -> SharedLayers:
         model: the model, without wrappers.
         training: names of the parameters that train.
     """
-    numbers: dict[str, list[int]] = {}
     narrow = {id(layer) for layer in fusion_layers(model) if active_narrow(layer) is not None}
     changing = [name for name, module in model.named_modules() if id(module) in narrow]
-    for name in [*changing, *training]:
-        match = re.match(r"(.*?)\.(\d+)\.", name)
-        if match is None or not isinstance(model.get_submodule(match.group(1)), nn.ModuleList):
-            return SharedLayers([])
-        numbers.setdefault(match.group(1), []).append(int(match.group(2)))
-    if len(numbers) != 1:
-        return SharedLayers([])
-    (path, found), *_ = numbers.items()
-    layers = model.get_submodule(path)
-    assert isinstance(layers, nn.ModuleList)
-    return SharedLayers(list(layers)[: min(found)])
+    layers, numbers = in_one_list(model, [*changing, *training])
+    return SharedLayers(layers[: min(numbers, default=0)])
+
+
+def in_one_list(model: nn.Module, names: Sequence[str]) -> tuple[list[nn.Module], list[int]]:
+    """The outermost list of layers that all of some modules or parameters are in, and in which of the layers.
+
+    Args:
+        model: the model, without wrappers.
+        names: of the modules or parameters.
+
+    Returns:
+        The layers, and for each name the number of its layer; nothing if they are not all in one list.
+    """
+    matches = [re.match(r"(.*?)\.(\d+)\.", name) for name in names]
+    paths = {match and match.group(1) for match in matches}
+    path = paths.pop() if len(paths) == 1 else None
+    layers = None if path is None else model.get_submodule(path)
+    if not isinstance(layers, nn.ModuleList):
+        return [], []
+    return list(layers), [int(match.group(2)) for match in matches if match is not None]
