@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from accelerate.utils import extract_model_from_parallel
@@ -16,12 +15,13 @@ from torch.utils.data import Dataset
 from transformers import PrinterCallback, TrainerCallback, TrainingArguments
 
 from ..observe.batches import Batch
-from ..observe.own_inputs import OWN_LENGTH, check_unused
+from ..observe.own_inputs import OWN_LENGTH
 from ..observe.pair import pair
 from ..observe.shared_layers import SharedLayers, shared_layers
-from .predictions import OUTPUTS, Predictions, chosen_outputs, original_shown
+from .checks import check, check_engine
+from .predictions import Predictions, chosen_outputs, original_shown
 from .sequences import Sequences, collate, given_sequences, own_sequences, split
-from .setting import TRAINED, default_arguments, training
+from .setting import default_arguments, training
 from .teacher import teacher
 from .trainer import BestWeights, Distillation, random_states_kept
 
@@ -102,8 +102,8 @@ def distill(
             model takes.
         RuntimeError: if the original weights were dropped and no teacher is given.
     """
-    _check(data, train, outputs, teacher, {"own_text": own_text, "length": length}, tokens=tokens, length=length)
-    _check_engine(args)
+    check(data, train, outputs, teacher, {"own_text": own_text, "length": length}, tokens=tokens, length=length)
+    check_engine(args)
     original, fused = pair(model, teacher, each_ffn=False)
     host = fused.model
     with original.running():
@@ -167,40 +167,3 @@ def _run(trainer: Distillation, best: BestWeights) -> tuple[float, float]:
     finally:
         best.put_back()
     return best.first, best.best
-
-
-def _check(
-    data: Any,
-    train: str,
-    outputs: str,
-    teacher: nn.Module | None,
-    sampled: Mapping[str, Any],
-    **numbers: Any,
-) -> None:
-    """Refuses what cannot be, before anything is done."""
-    for name, value, known in (("train", train, TRAINED), ("outputs", outputs, OUTPUTS)):
-        if value not in known:
-            raise ValueError(f"`{name}` must be one of {', '.join(known)}, but got {value!r}.")
-    for name, value in numbers.items():
-        if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
-            raise ValueError(f"`{name}` must be an integer of at least 1, but got {value!r}.")
-    check_unused(sampled, data, "data")
-    if train == "all" and teacher is None:
-        raise ValueError(
-            '`train="all"` would change the original, which is the same model. Give a `teacher` of its own, or use '
-            '`train="adapters"` with LoRA beside the narrow FFNs.'
-        )
-
-
-def _check_engine(args: TrainingArguments | None) -> None:
-    """Refuses an engine under which the original and the narrow model cannot be one model.
-
-    Raises:
-        ValueError: naming it.
-    """
-    plugin: Any = getattr(args, "deepspeed_plugin", None)
-    if plugin is not None and plugin.zero_stage == 3:
-        raise ValueError(
-            "`distill` runs two models of the same modules, which DeepSpeed ZeRO-3 does not know of when it fetches "
-            "weights. Use DDP or FSDP, or distil in processes that hold all of the model."
-        )

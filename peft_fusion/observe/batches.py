@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from itertools import groupby
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -57,33 +56,6 @@ def single_sequences(batch: Batch, first: int = 0, step: int = 1) -> Iterator[Ba
     """Every `step`-th of a batch's sequences as a batch of its own."""
     for i in range(first, batch_size(batch), step):
         yield _part(batch, slice(i, i + 1))
-
-
-def passes_of(sequences: Sequence[Batch], at_once: int) -> list[Batch]:
-    """Batches of one sequence joined to larger ones, in their order; only neighbours of the same shape are.
-
-    Args:
-        sequences: batches of one sequence each.
-        at_once: how many of them to join at most.
-    """
-    passes: list[Batch] = []
-    for shape, alike in groupby(sequences, key=_shape):
-        found, size = list(alike), at_once if shape else 1
-        parts = (found[start : start + size] for start in range(0, len(found), size))
-        passes += [part[0] if len(part) == 1 else _joined(part) for part in parts]
-    return passes
-
-
-def _shape(sequence: Batch) -> list[tuple[str, torch.Size, torch.dtype]]:
-    """What sequences have to share to be joined; nothing if one cannot be."""
-    tensors = {name: value for name, value in sequence.items() if isinstance(value, Tensor)}
-    if len(tensors) < len(sequence) or any(value.dim() < 2 or len(value) != 1 for value in tensors.values()):
-        return []
-    return sorted((name, value.shape, value.dtype) for name, value in tensors.items())
-
-
-def _joined(sequences: Sequence[Batch]) -> Batch:
-    return {name: torch.cat([sequence[name] for sequence in sequences]) for name in sequences[0]}
 
 
 def unlabelled(batch: Batch, is_encoder_decoder: bool) -> Batch:

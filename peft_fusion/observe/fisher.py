@@ -16,10 +16,11 @@ from torch import Tensor
 from ..ffn import OneFFN, like_of, networks_of
 from ..progress import progress
 from . import ranks
-from .batches import MOST_LENGTH, Batch, batch_size, padding_mask, passes_of, shortened, token_mask
+from .batches import MOST_LENGTH, Batch, batch_size, padding_mask, shortened, token_mask
 from .gradients import gradients_of_sequence
 from .networks import Network
 from .outputs import predicted
+from .passes import passes_of
 
 METRIC_SEQUENCES = 64
 """Sequences that give F well enough.

@@ -39,7 +39,7 @@ def test_half_precision_takes_less():
 
 @pytest.mark.parametrize("size", [1, pytest.param(3, marks=pytest.mark.slow)])
 def test_a_calibration_keeps_within_it(size, monkeypatch):
-    monkeypatch.setattr("peft_fusion.fusing.cluster.seeding._tile", lambda gram: 32)  # made for larger matrices
+    monkeypatch.setattr("peft_fusion.fusing.cluster.ward._tile", lambda gram: 32)  # made for larger matrices
     monkeypatch.setattr("peft_fusion.fusing.cluster.gram.ROW_TILE", 64)
     model, config = wide(), FusionConfig(ratio=0.25)
     allowed = bound(find_ffns(model), size)

@@ -9,7 +9,8 @@ from torch import Tensor
 
 from .local_search import refine
 from .reductions import cheapest, first_rows, squared_norms_of_sums, sum_by_label
-from .seeding import kmeans_plus_plus, ward
+from .seeding import kmeans_plus_plus
+from .ward import ward
 
 N_INIT, MAX_ITER = 1, 100
 """Starts, and the most iterations of each, where the caller does not say."""

@@ -15,7 +15,8 @@ from peft_fusion.fusing.cluster import kmeans
 from peft_fusion.fusing.cluster.gram import gram_matrix
 from peft_fusion.fusing.cluster.kmeans import Clustering, cluster_means, kernel_kmeans, lloyd
 from peft_fusion.fusing.cluster.local_search import Partition, refine
-from peft_fusion.fusing.cluster.seeding import kmeans_plus_plus, ward
+from peft_fusion.fusing.cluster.seeding import kmeans_plus_plus
+from peft_fusion.fusing.cluster.ward import ward
 
 
 def check(clustering: Clustering, n: int, c: int) -> None:
