@@ -88,6 +88,9 @@ def refit(problem: Problem) -> Refit:
     strength whose equations have no unique solution is left out. The minimum does not depend on the metric in whose
     coordinates outputs are given, as every output has weights of its own; the choice of the strength does.
 
+    Args:
+        problem: what to fit to.
+
     Returns:
         The best fit, in the dtype of the prior.
     """

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import zlib
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..ffn import OneFFN, like_of, networks_of
+from ..ffn import like_of, networks_of
 from ..progress import progress
 from . import ranks
 from .batches import MOST_LENGTH, Batch, batch_size, padding_mask, shortened, token_mask
@@ -105,13 +105,12 @@ def fisher_sums(network: Network, sequences: Sequence[Batch], seed: int) -> dict
 def _at_once(network: Network) -> int:
     """How many sequences go through a model together: small products leave a machine waiting for its memory."""
     weights = sum(parameter.nbytes for parameter in network.model.parameters())
-    vocabulary = getattr(getattr(network.model, "config", None), "vocab_size", None) or 0
-    layer = max(like_of(one).element_size() * (4 * one.width + 8 * one.in_dim) for one in _ones(network))
+    config: Any = getattr(network.model, "config", None)
+    config = config.get_text_config(decoder=True) if hasattr(config, "get_text_config") else config
+    vocabulary = getattr(config, "vocab_size", None) or 0
+    ones = (one for ffn in network.ffns for one in networks_of(ffn))
+    layer = max(like_of(one).element_size() * (4 * one.width + 8 * one.in_dim) for one in ones)
     return max(1, min(MOST_AT_ONCE, int(ACTIVATIONS_SHARE * weights / (MOST_LENGTH * (layer + 8 * vocabulary)))))
-
-
-def _ones(network: Network) -> Iterator[OneFFN]:
-    return (one for ffn in network.ffns for one in networks_of(ffn))
 
 
 def draws_of(sequence: Batch, seed: int, repeats: int = 0) -> torch.Generator:
