@@ -58,13 +58,14 @@ def calibrate(
     samples itself, then random tokens. 128 sequences suffice. Padding is left out where `attention_mask` says so.
 
     Neurons are compared by what the model's predictions would show of them, and scales are fitted to its tangent
-    kernel; both take some backward passes, a sequence at a time. A model that has no gradients is fused without them.
+    kernel; both take some backward passes over short sequences. A model that has no gradients is fused without them.
 
     Beyond the model and its narrow FFNs it takes, for each FFN of a group, 4 * width ** 2 bytes, 2048 inputs in the
     model's dtype, 4 * out_dim ** 2 bytes, and later 1024 inputs and gradients; for the one that is being made 3.5 times
     4 * width ** 2 bytes and its weights in float32. `memory` bounds all of that. On top come the activations of a
-    forward pass over a batch, and of a backward pass over 64 tokens, layer by layer, with their logits. The batches are
-    kept in memory. All of it is freed at the end.
+    forward pass over a batch, and of a backward pass over 64 tokens (over more where that takes less than a sixteenth
+    of what the weights take), layer by layer, with their logits. The batches are kept in memory. All of it is freed at
+    the end.
 
     Of routed experts each is an FFN by itself, which sees only the tokens that are routed to it, by the square of the
     router's weight; all of a layer get one width, a multiple of 8. An expert with too few tokens takes the metric of

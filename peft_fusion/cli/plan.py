@@ -19,7 +19,8 @@ from ..ffn import AnyFFN, Experts, find_all, networks_of, parameters_of
 from ..fusing.gradient_kernels import BLOCK_MEMORY
 from ..fusing.statistics import SAMPLE_TOKENS
 from ..observe.batches import MOST_LENGTH
-from ..observe.fisher import METRIC_SEQUENCES
+from ..observe.fisher import METRIC_SEQUENCES, sequences_at_once
+from ..observe.networks import Network
 from ..observe.own_inputs import OWN_LENGTH
 
 SHARD = 5 * 10**9
@@ -152,7 +153,8 @@ def _refitting(n: int, kept: float, out_dim: int) -> float:
 def _activations(model: Any, ffns: Sequence[AnyFFN]) -> int:
     """Bytes of one layer over a batch, of gradients' blocks, and of logits, twice."""
     layer = max(BATCH * (4 * ffn.width + 8 * ffn.in_dim) for ffn in ffns)
-    return element_size(model) * layer + BLOCK_MEMORY + _logits(model) * MOST_LENGTH // BATCH
+    tokens = sequences_at_once(Network(model, ffns, fused=False)) * MOST_LENGTH
+    return element_size(model) * layer + BLOCK_MEMORY + _logits(model) * tokens // BATCH
 
 
 def _logits(model: Any) -> int:

@@ -80,7 +80,7 @@ def fisher_sums(network: Network, sequences: Sequence[Batch], seed: int) -> dict
     def add_up() -> dict[str, FisherSum]:
         sums: dict[str, FisherSum] = {}
         met: Counter[int] = Counter()
-        passes = passes_of([shortened(sequence) for sequence in sequences], _at_once(network))
+        passes = passes_of([shortened(sequence) for sequence in sequences], sequences_at_once(network))
         left = iter(sequences)
         for joined in progress(passes, "Taking gradients of predictions"):
             draws = []
@@ -102,7 +102,7 @@ def fisher_sums(network: Network, sequences: Sequence[Batch], seed: int) -> dict
     }
 
 
-def _at_once(network: Network) -> int:
+def sequences_at_once(network: Network) -> int:
     """How many sequences go through a model together: small products leave a machine waiting for its memory."""
     weights = sum(parameter.nbytes for parameter in network.model.parameters())
     config: Any = getattr(network.model, "config", None)

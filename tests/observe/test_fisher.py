@@ -91,7 +91,7 @@ def test_every_token_counts_alike_however_long_its_sequence_is():
 def test_sequences_that_go_through_a_model_together_give_what_they_give_one_by_one(architecture, monkeypatch):
     model, batches = architecture.make(), [architecture.batch(size=5), architecture.batch(size=1)]
     expected, ran = fishers(model, batches), []
-    monkeypatch.setattr(fisher, "_at_once", lambda network: 3)
+    monkeypatch.setattr(fisher, "sequences_at_once", lambda network: 3)
     monkeypatch.setattr(
         fisher,
         "gradients_of_sequence",
@@ -111,7 +111,7 @@ def test_sequences_of_one_shape_go_together_and_padding_counts_for_nothing(monke
         masks = torch.nn.functional.pad(torch.ones_like(found), side)
         sequences.append({"input_ids": torch.nn.functional.pad(found, side, value=7), "attention_mask": masks})
     expected = fishers(model, sequences)["model.layers.2.mlp"]
-    monkeypatch.setattr(fisher, "_at_once", lambda network: 4)
+    monkeypatch.setattr(fisher, "sequences_at_once", lambda network: 4)
     found = fishers(model, sequences)["model.layers.2.mlp"]
     torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4 * float(expected.abs().max()))
 
@@ -125,7 +125,7 @@ def test_more_sequences_go_together_where_that_is_little_beside_the_weights(shar
     monkeypatch.setattr(fisher, "ACTIVATIONS_SHARE", share)
     taken = 64 * (4 * (4 * 1024 + 8 * 512) + 8 * vocabulary)  # by a sequence's layer and its logits
     fits = int(share * sum(p.nbytes for p in model.parameters()) / taken)
-    assert fisher._at_once(Network(model, find_ffns(model), fused=False)) == expected == max(1, min(8, fits))
+    assert fisher.sequences_at_once(Network(model, find_ffns(model), fused=False)) == expected == max(1, min(8, fits))
 
 
 def test_padding_adds_nothing():
