@@ -97,7 +97,15 @@ def parse_arguments() -> argparse.Namespace:
     options = parser.parse_args()
     if options.sequences is not None and options.sequences < 4:
         parser.error(f"--sequences {options.sequences}: every fourth is held out, so at least 4 are needed.")
+    length = sequence_length(options)
+    if options.step_tokens < 1 or options.step_tokens % length:
+        parser.error(f"--step-tokens {options.step_tokens}: a step takes whole sequences, which have {length} tokens.")
     return options
+
+
+def sequence_length(options: argparse.Namespace) -> int:
+    """Tokens of each sequence to distil on."""
+    return int(options.own_length) if options.text == "own" else LENGTH
 
 
 class SmolLM2:
@@ -216,11 +224,10 @@ class SmolLM2:
     def distil(self, fused: PeftModel) -> Row:
         """What `distill` makes of it."""
         options, started = self.options, time.perf_counter()
-        length = options.own_length if options.text == "own" else LENGTH
         with tempfile.TemporaryDirectory() as folder:
             args = TrainingArguments(
                 output_dir=folder,
-                per_device_train_batch_size=max(1, options.step_tokens // length),
+                per_device_train_batch_size=options.step_tokens // sequence_length(options),
                 learning_rate=options.learning_rate or LEARNING_RATE,
                 lr_scheduler_type="cosine",
                 warmup_steps=0.05,

@@ -19,9 +19,10 @@ from ..ffn import AnyFFN, Experts, find_all, networks_of, parameters_of
 from ..fusing.gradient_kernels import BLOCK_MEMORY
 from ..fusing.statistics import SAMPLE_TOKENS
 from ..observe.batches import MOST_LENGTH
-from ..observe.fisher import METRIC_SEQUENCES, sequences_at_once
+from ..observe.fisher import METRIC_SEQUENCES
 from ..observe.networks import Network
 from ..observe.own_inputs import OWN_LENGTH
+from ..observe.passes import sequences_at_once
 
 SHARD = 5 * 10**9
 CLUSTERING = 4300.0

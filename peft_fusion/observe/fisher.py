@@ -13,14 +13,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..ffn import like_of, networks_of
 from ..progress import progress
 from . import ranks
-from .batches import MOST_LENGTH, Batch, batch_size, padding_mask, shortened, token_mask
+from .batches import Batch, batch_size, padding_mask, shortened, token_mask
 from .gradients import gradients_of_sequence
 from .networks import Network
 from .outputs import predicted
-from .passes import passes_of
+from .passes import passes_of, sequences_at_once
 
 METRIC_SEQUENCES = 64
 """Sequences that give F well enough.
@@ -30,9 +29,6 @@ FFNs F is 41 % off after 64 sequences of 64 tokens, against 68 % after 24 and 26
 """
 
 MAGNIFIED = 16.0
-
-MOST_AT_ONCE, ACTIVATIONS_SHARE = 8, 1 / 16
-"""Sequences that go through a model together at most, and the share of the bytes of its weights that they may take."""
 
 CHUNK = 2**19
 """Logits whose probabilities are worked out at once."""
@@ -100,17 +96,6 @@ def fisher_sums(network: Network, sequences: Sequence[Batch], seed: int) -> dict
         name: FisherSum(ranks.sum_over_ranks(found.product), int(ranks.sum_of(found.tokens)))
         for name, found in sums.items()
     }
-
-
-def sequences_at_once(network: Network) -> int:
-    """How many sequences go through a model together: small products leave a machine waiting for its memory."""
-    weights = sum(parameter.nbytes for parameter in network.model.parameters())
-    config: Any = getattr(network.model, "config", None)
-    config = config.get_text_config(decoder=True) if hasattr(config, "get_text_config") else config
-    vocabulary = getattr(config, "vocab_size", None) or 0
-    ones = (one for ffn in network.ffns for one in networks_of(ffn))
-    layer = max(like_of(one).element_size() * (4 * one.width + 8 * one.in_dim) for one in ones)
-    return max(1, min(MOST_AT_ONCE, int(ACTIVATIONS_SHARE * weights / (MOST_LENGTH * (layer + 8 * vocabulary)))))
 
 
 def draws_of(sequence: Batch, seed: int, repeats: int = 0) -> torch.Generator:

@@ -116,18 +116,6 @@ def test_sequences_of_one_shape_go_together_and_padding_counts_for_nothing(monke
     torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4 * float(expected.abs().max()))
 
 
-@pytest.mark.parametrize(
-    ("share", "vocabulary", "expected"), [(1 / 16, 100, 2), (1 / 16, 3000, 1), (1.0, 100, 8), (1e-9, 100, 1)]
-)
-def test_more_sequences_go_together_where_that_is_little_beside_the_weights(share, vocabulary, expected, monkeypatch):
-    model = BY_NAME["llama"].make(hidden_size=512, intermediate_size=1024, num_hidden_layers=11)
-    model.config.vocab_size = vocabulary
-    monkeypatch.setattr(fisher, "ACTIVATIONS_SHARE", share)
-    taken = 64 * (4 * (4 * 1024 + 8 * 512) + 8 * vocabulary)  # by a sequence's layer and its logits
-    fits = int(share * sum(p.nbytes for p in model.parameters()) / taken)
-    assert fisher.sequences_at_once(Network(model, find_ffns(model), fused=False)) == expected == max(1, min(8, fits))
-
-
 def test_padding_adds_nothing():
     model, (ids,) = BY_NAME["llama"].make(), lengths(7)
     padded = {
