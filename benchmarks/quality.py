@@ -126,7 +126,8 @@ class SmolLM2:
         self.sequences = usual if options.sequences is None else options.sequences  # to calibrate on, and to tune on
         self.batches: list[dict[str, torch.Tensor]]
         if options.text == "own":
-            self.batches = own_text(self.model, (1 + options.tune) * self.sequences, options.json, options.seed)
+            sequences = (1 + options.tune) * self.sequences
+            self.batches = own_text(self.model, tokenizer, sequences, options.json, options.seed)
         else:
             texts = other_text() if options.text == "other" else papers[0]
             pieces = blocks(tokenizer, texts, LENGTH)
@@ -254,7 +255,7 @@ class SmolLM2:
             pieces = blocks(self.tokenizer, texts, LENGTH)[: 8 if small else None]
             return [{"input_ids": torch.tensor([piece["input_ids"]])} for piece in pieces]
         sequences, seed = -(-options.distill // options.own_length), 1000 + options.seed
-        return own_text(self.model, sequences, options.json, seed, options.own_length)
+        return own_text(self.model, self.tokenizer, sequences, options.json, seed, options.own_length)
 
     def tune(self, fused: PeftModel) -> Row:
         """What `tune_layers(objective="ffn")` makes of it."""

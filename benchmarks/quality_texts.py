@@ -6,17 +6,23 @@ from pathlib import Path
 
 import torch
 from common import wordnet
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from peft_fusion.observe.own_inputs import OWN_LENGTH, own_inputs
+from peft_fusion.observe.sampling import prefix_of
 
 
 def own_text(
-    model: PreTrainedModel, sequences: int, results: Path | None, seed: int = 0, length: int = OWN_LENGTH
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    sequences: int,
+    results: Path | None,
+    seed: int = 0,
+    length: int = OWN_LENGTH,
 ) -> list[dict[str, torch.Tensor]]:
     """What the model samples itself; kept beside the finished rows, as it takes minutes."""
     kept = results.with_suffix(f".own{sequences}x{length}.{seed}.safetensors") if results else None
-    return own_inputs(model, sequences, length, seed, kept)
+    return own_inputs(model, sequences, length, seed, kept, prefix_of(tokenizer))
 
 
 def other_text() -> list[str]:

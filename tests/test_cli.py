@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 import sys
+from contextlib import nullcontext
 from importlib.metadata import version
 
 import pytest
@@ -130,6 +131,19 @@ def test_export_and_report_an_adapter(run, base, tmp_path, text):
     assert "all of them" in run("report", tmp_path / "adapter", "--sequences", 4, "--length", 8)[1]
 
 
+@pytest.mark.parametrize("has_tokenizer", [True, False])
+def test_a_report_on_own_text_begins_it_as_the_tokenizer_does(run, base, tmp_path, monkeypatch, has_tokenizer):
+    module, prefixes = importlib.import_module("peft_fusion.cli.report"), []
+    original = module.own_inputs
+    monkeypatch.setattr(module, "own_inputs", lambda *a, prefix, **k: prefixes.append(prefix) or original(*a, **k))
+    if not has_tokenizer:
+        base = shutil.copytree(base, tmp_path / "base", ignore=shutil.ignore_patterns("tokenizer*"))
+    with nullcontext() if has_tokenizer else pytest.warns(match="text is sampled that begins as its config says"):
+        status, _, err = run("report", base, "--original", base, "--sequences", 4, "--length", 8)
+    assert status == 0, err
+    assert prefixes == [[] if has_tokenizer else None]
+
+
 def test_compare(run, base, tmp_path, text):
     run("fuse", base, tmp_path / "small", "--ratio", 0.5, "--no-check")
     options = ("--text", text, "--sequences", 4, "--length", 16, "--tokens", 4)
@@ -243,8 +257,12 @@ def test_fuse_by_a_budget_and_distil(run, base, tmp_path, text, inputs, monkeypa
     widths = [now for _, now in json.loads(out)["widths"].values()]
     assert sum(widths) <= 96 and all(width % 8 == 0 for width in widths)
     ((_, data), settings, found) = calls[0]
-    length = 16 if inputs == "own" else None  # the file is cut to it already
-    assert settings == {"tokens": 800, "length": length, "seed": 0} and (data is None) == (inputs == "own")
+    sampled = {name: settings.pop(name) for name in ("length", "tokenizer") if name in settings}
+    assert settings == {"tokens": 800, "seed": 0} and (data is None) == (inputs == "own")
+    if inputs == "file":
+        assert not sampled  # it is cut to the length already
+    else:
+        assert sampled["length"] == 16 and sampled["tokenizer"].convert_ids_to_tokens(1) == "0"
     assert found.sequences + found.held_out == 50
 
 

@@ -20,6 +20,7 @@ from ..fusing.settle import check_calibratable
 from ..observe.batches import Batch
 from ..observe.networks import Network, fusion_layers
 from ..observe.own_inputs import OWN_LENGTH, check_unused
+from ..observe.sampling import prefix_of
 from ..observe.unwrap import unwrapped
 from ..tuner.config import FusionConfig
 from ..tuner.handover import Calibrated, Fingerprint, hand_over
@@ -43,6 +44,7 @@ def calibrate(
     ffns_per_pass: int | None = None,
     memory: int | None = None,
     own_text: str | Path | None = None,
+    tokenizer: Any = None,
 ) -> None:
     """Makes narrow FFNs from what goes through the original ones; no labels are needed.
 
@@ -87,6 +89,8 @@ def calibrate(
         memory: bytes that all of this may take, on device and host together, instead of `ffns_per_pass`; the
             activations of the passes come on top (see `calibrate.memory`).
         own_text: a `.safetensors` file that the model's own inputs are written to, or read from if it exists.
+        tokenizer: the model's; own text then begins as its texts do. None: half of it with the start token that the
+            model's config names, half without.
 
     Raises:
         ValueError: if the configuration does not fit the model or cannot be calibrated, there is no adapter to renew,
@@ -98,7 +102,8 @@ def calibrate(
     _check_numbers(sequences=sequences, length=length, ffns_per_pass=ffns_per_pass, memory=memory)
     if ffns_per_pass is not None and memory is not None:
         raise ValueError("`memory` says how many FFNs are worked on at once, and so does `ffns_per_pass`; give one.")
-    check_unused({"own_text": own_text, "length": length}, dataloader, "dataloader")
+    check_unused({"own_text": own_text, "length": length, "tokenizer": tokenizer}, dataloader, "dataloader")
+    prefix = prefix_of(tokenizer)
     host = unwrapped(model)
     adapter = None if config is not None else adapter_of(host)
     plan, config = _plan(host, config, adapter)
@@ -106,7 +111,7 @@ def calibrate(
     size = ffns_per_pass or len(plan) if memory is None else most_at_once((p.ffn for p in plan), memory)
     fingerprints = {p.ffn.name: Fingerprint.of(p) for p in plan}
     with network.running():
-        inputs = Inputs.of(network, dataloader, sequences, length or OWN_LENGTH, config.seed, own_text)
+        inputs = Inputs.of(network, dataloader, sequences, length or OWN_LENGTH, config.seed, own_text, prefix)
         narrowing = Narrowing(network, plan, inputs, asked_recipe(config), size)
         if config.allocation == "fisher" and adapter is None:
             fixed = with_own_width((p.ffn for p in plan), config.width_pattern)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import islice
@@ -47,6 +47,7 @@ class Inputs:
         length: int,
         seed: int,
         file: str | Path | None = None,
+        prefix: Sequence[int] | None = None,
     ) -> Inputs:
         """Takes them from a data loader, or has the network make them.
 
@@ -55,7 +56,7 @@ class Inputs:
         """
         if dataloader is None:
             sequences = sequences or OWN_SEQUENCES
-            made = ranks.together(lambda: own_inputs(network.model, sequences, length, seed, file))
+            made = ranks.together(lambda: own_inputs(network.model, sequences, length, seed, file, prefix))
             inputs = cls(list(made), "the model's own inputs")
         else:
             share = ranks.share_of(sequences or SEQUENCES)

@@ -27,6 +27,7 @@ from .options import Check, Dtype, Json, Original, Out, Overwrite, Precision, Tr
 Allocation = Enum("Allocation", {name: name for name in ALLOCATIONS}, type=str)  # type: ignore[misc]
 Method = Enum("Method", {name: name for name in METHODS}, type=str)  # type: ignore[misc]
 OWN = "own"
+NONE_WRITTEN = "none is written beside the model"
 
 
 def fuse(
@@ -95,8 +96,9 @@ def fuse(
     bare = model_on_meta(model, trust)
     if calibrate is not None or distill is not None:
         check_length(bare, length or OWN_LENGTH)
-    tokenizer = load_tokenizer(model, needed=False)
+    tokenizer = load_tokenizer(model, NONE_WRITTEN)
     one_by_one = calibrate is None and distill is None and fused_by_itself(find_all(bare), config)
+    sampled: dict[str, Any] = {} if file else {"length": length, "tokenizer": tokenizer}
     away = None
     with ExitStack() as stack:
         if offload or (one_by_one and not torch.cuda.is_available()):
@@ -109,11 +111,11 @@ def fuse(
         else:
             if calibrate is not None:
                 batches = text_batches(file, model, sequences or 128, length or OWN_LENGTH) if file else None
-                calibrate_model(loaded, config, batches, sequences=sequences, length=None if file else length)
+                calibrate_model(loaded, config, batches, sequences=sequences, **sampled)
             fused = get_peft_model(loaded, config)
             if distill is not None:
                 data = _to_distill(file, model, distill, length or OWN_LENGTH) if file else None
-                distill_model(fused, data, tokens=distill, length=None if file else length, seed=seed)
+                distill_model(fused, data, tokens=distill, seed=seed, **sampled)
             done = export(fused, out, tokenizer=tokenizer, overwrite=overwrite, check=check)
     show(done, summary(done), json)
 
@@ -147,7 +149,7 @@ def export_adapter(
     """
     check_free(out.absolute(), overwrite)
     model = load_adapter(adapter, base, dtype.value, trust)
-    tokenizer = load_tokenizer(model.get_base_model().config._name_or_path, needed=False)
+    tokenizer = load_tokenizer(model.get_base_model().config._name_or_path, NONE_WRITTEN)
     done = export(model, out, tokenizer=tokenizer, overwrite=overwrite, check=check)
     show(done, summary(done), json)
 

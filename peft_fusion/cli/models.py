@@ -77,12 +77,12 @@ def is_adapter(name: str) -> bool:
     return Path(name, ADAPTER).is_file()
 
 
-def load_tokenizer(name: str, needed: bool = True) -> PreTrainedTokenizerBase | None:
+def load_tokenizer(name: str, without: str | None = None) -> PreTrainedTokenizerBase | None:
     """A model's tokenizer.
 
     Args:
         name: the model.
-        needed: whether to raise if there is none; else a warning says so, and None is returned.
+        without: what a warning tells where there is none, and None is returned; None: that is refused.
 
     Raises:
         ValueError: if there is none.
@@ -91,9 +91,9 @@ def load_tokenizer(name: str, needed: bool = True) -> PreTrainedTokenizerBase | 
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(name)
         return tokenizer
     except (OSError, ValueError, KeyError) as error:
-        if needed:
+        if without is None:
             raise ValueError(f"{name} has no tokenizer that can be loaded ({error}).") from error
-        warnings.warn(f"{name} has no tokenizer that can be loaded, so none is written beside the model.", stacklevel=2)
+        warnings.warn(f"{name} has no tokenizer that can be loaded, so {without}.", stacklevel=2)
         return None
 
 

@@ -11,7 +11,8 @@ import typer
 
 from ..fidelity import fidelity
 from ..observe.own_inputs import OWN_LENGTH, own_inputs
-from .models import check_length, is_adapter, load_adapter, load_model, text_batches
+from ..observe.sampling import prefix_of
+from .models import check_length, is_adapter, load_adapter, load_model, load_tokenizer, text_batches
 from .options import Dtype, Json, Length, Precision, Sequences, Text, Trust, show
 
 
@@ -47,13 +48,14 @@ def report(
             original,
         )
     check_length(fused, length)
+    prefix = None if text else prefix_of(load_tokenizer(name, "text is sampled that begins as its config says"))
     if text:
         batches = text_batches(text, name, sequences, length)
     elif reference is not None:
-        batches = own_inputs(reference, sequences, length, seed=0)
+        batches = own_inputs(reference, sequences, length, seed=0, prefix=prefix)
     else:
         with fused.disable_adapter():
-            batches = own_inputs(fused.get_base_model(), sequences, length, seed=0)
+            batches = own_inputs(fused.get_base_model(), sequences, length, seed=0, prefix=prefix)
     found = fidelity(fused, batches, reference=reference, sequences=sequences)
     with tempfile.TemporaryDirectory() as folder:
         found.to_json(file := Path(folder, "report.json"))

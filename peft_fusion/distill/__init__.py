@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate.utils import extract_model_from_parallel
@@ -17,6 +18,7 @@ from transformers import PrinterCallback, TrainerCallback, TrainingArguments
 from ..observe.batches import Batch
 from ..observe.own_inputs import OWN_LENGTH
 from ..observe.pair import pair
+from ..observe.sampling import prefix_of
 from ..observe.shared_layers import SharedLayers, shared_layers
 from .checks import check, check_engine
 from .predictions import Predictions, chosen_outputs, original_shown
@@ -62,6 +64,7 @@ def distill(
     callbacks: Sequence[TrainerCallback] = (),
     length: int | None = None,
     own_text: str | Path | None = None,
+    tokenizer: Any = None,
     seed: int = 0,
 ) -> Distilled:
     """Trains a fused model to predict what its original predicts: forward KL of the logits over all classes.
@@ -91,6 +94,8 @@ def distill(
         callbacks: for `Trainer`.
         length: tokens in each of the sampled sequences. None: 64.
         own_text: a `.safetensors` file that the sampled text is written to, or read from if it exists.
+        tokenizer: the model's; sampled text then begins as its texts do. None: half of it with the start token that the
+            model's config names, half without.
         seed: of the sampled text and, without `args`, of the order.
 
     Returns:
@@ -102,13 +107,15 @@ def distill(
             model takes.
         RuntimeError: if the original weights were dropped and no teacher is given.
     """
-    check(data, train, outputs, teacher, {"own_text": own_text, "length": length}, tokens=tokens, length=length)
+    sampled = {"own_text": own_text, "length": length, "tokenizer": tokenizer}
+    check(data, train, outputs, teacher, sampled, tokens=tokens, length=length)
+    prefix = prefix_of(tokenizer)
     check_engine(args)
     original, fused = pair(model, teacher, each_ffn=False)
     host = fused.model
     with original.running():
         examples = (
-            own_sequences(original, tokens or OWN_TOKENS, length or OWN_LENGTH, seed, own_text)
+            own_sequences(original, tokens or OWN_TOKENS, length or OWN_LENGTH, seed, own_text, prefix)
             if data is None
             else given_sequences(original, data, tokens)
         )

@@ -36,10 +36,12 @@ def split(sequences: Sequence[Example]) -> tuple[list[Example], list[Example]]:
     return [s for i, s in enumerate(sequences) if i not in judged], [sequences[i] for i in sorted(judged)]
 
 
-def own_sequences(network: Network, tokens: int, length: int, seed: int, file: str | Path | None) -> list[Example]:
+def own_sequences(
+    network: Network, tokens: int, length: int, seed: int, file: str | Path | None, prefix: Sequence[int] | None
+) -> list[Example]:
     """As many of a length as make up so many tokens, made by the original itself."""
     count = max(2, -(-tokens // length))
-    batches = own_inputs(network.model, count, length, seed, file)
+    batches = own_inputs(network.model, count, length, seed, file, prefix)
     joined = {key: ranks.joined_over_ranks(torch.cat([batch[key] for batch in batches])) for key in batches[0]}
     return list(_sequences(joined))
 

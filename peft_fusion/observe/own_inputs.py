@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
-from ..fusing.precision import fast_products
 from ..progress import progress
 from . import ranks
 from .kept_text import check_file, read_text, write_text
+from .sampling import sample_text
 
 OWN_LENGTH = 64
 """Tokens of a sequence: many short texts are about more than a few long ones.
@@ -44,7 +43,12 @@ def check_unused(given: Mapping[str, Any], data: object, name: str) -> None:
 
 
 def own_inputs(
-    model: nn.Module, sequences: int, length: int, seed: int, file: str | Path | None = None
+    model: nn.Module,
+    sequences: int,
+    length: int,
+    seed: int,
+    file: str | Path | None = None,
+    prefix: Sequence[int] | None = None,
 ) -> list[dict[str, Tensor]]:
     """Batches of inputs without any data: a causal LM's own text, random tokens for any other text model.
 
@@ -57,14 +61,19 @@ def own_inputs(
         length: tokens in each.
         seed: makes them repeatable; torch's global random state is left as it was.
         file: read in place of making them, if it exists, else written; see `kept_text`.
+        prefix: token ids that a causal LM's texts begin with. None: in half of them the start token of its config.
 
     Returns:
         `input_ids` (and for an encoder-decoder `decoder_input_ids`) of shape (batch, length).
 
     Raises:
-        ValueError: if the model takes no token ids, or has no vocabulary to draw from.
+        ValueError: if the model takes no token ids, has no vocabulary to draw from, or does not know the prefix.
     """
     vocabulary = _vocabulary(model)
+    if prefix and max(prefix) >= vocabulary:
+        raise ValueError(
+            f"`tokenizer` begins texts with {prefix}, but the model knows {vocabulary} tokens. Give its own."
+        )
     config: Any = model.config
     positions = getattr(config, "max_position_embeddings", None) or length + 2
     length = min(length, positions - 2)  # RoBERTa's positions start at 2
@@ -79,7 +88,7 @@ def own_inputs(
         count = min(size, sequences - start)
         generator = torch.Generator().manual_seed(seed + start)
         if _is_causal_lm(model):
-            made = {"input_ids": _sample_text(model, vocabulary, count, length, generator)}
+            made = {"input_ids": sample_text(model, vocabulary, count, length, generator, prefix)}
         else:
             ids = torch.randint(0, vocabulary, (2, count, length), generator=generator)
             made = {"input_ids": ids[0]} | ({"decoder_input_ids": ids[1]} if config.is_encoder_decoder else {})
@@ -128,55 +137,3 @@ def _is_causal_lm(model: nn.Module) -> bool:
     """Whether a model generates text by itself, from a start token alone."""
     can_generate = getattr(model, "can_generate", lambda: False)
     return bool(can_generate()) and not getattr(model.config, "is_encoder_decoder", False)
-
-
-def _sample_text(model: Any, vocabulary: int, size: int, length: int, generator: torch.Generator) -> Tensor:
-    """Text sampled at temperature 1, half of it from the start token and half from random ones: (size, length)."""
-    devices = (parameter.device for parameter in model.parameters())  # "meta" where a weight is on disk
-    device = next((device for device in devices if device.type != "meta"), torch.device("cpu"))
-    start = torch.randint(0, vocabulary, (size, 1), generator=generator)
-    if getattr(model.config, "bos_token_id", None) is not None:
-        start[: size // 2] = model.config.bos_token_id
-    if length == 1:
-        return start
-    with torch.no_grad(), _plain_generation(model), fast_products(device):
-        sampled: Tensor = model.generate(
-            start.to(device),
-            attention_mask=torch.ones_like(start, device=device),
-            do_sample=False,
-            logits_processor=LogitsProcessorList([_Draw(generator)]),
-            min_new_tokens=length - 1,
-            max_new_tokens=length - 1,
-            pad_token_id=0,
-        )
-    return sampled
-
-
-class _Draw(LogitsProcessor):
-    """Draws the next token, one random number a sequence, and leaves it as the only one that can be chosen.
-
-    `generate` draws with a random number for every token of the vocabulary, which takes longer than the model.
-
-    Args:
-        generator: on the CPU, so that the numbers are the same on every device.
-    """
-
-    def __init__(self, generator: torch.Generator) -> None:
-        self.generator = generator
-
-    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        below = scores.float().softmax(-1).cumsum_(-1)
-        uniform = torch.rand(len(below), 1, generator=self.generator).to(below.device) * below[:, -1:]
-        drawn = torch.searchsorted(below, uniform, right=True).clamp_(max=below.shape[-1] - 1)
-        return torch.full_like(scores, -torch.inf).scatter_(1, drawn, 0.0)
-
-
-@contextmanager
-def _plain_generation(model: Any) -> Iterator[None]:
-    """Sets aside what the model's generation config asks for: penalties, beams, forced tokens, other return types."""
-    before = model.generation_config
-    model.generation_config = GenerationConfig(eos_token_id=before.eos_token_id, bos_token_id=before.bos_token_id)
-    try:
-        yield
-    finally:
-        model.generation_config = before

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 from accelerate import Accelerator
 from torch import nn
 
 from ..observe.batches import Batch
+from ..observe.own_inputs import check_unused
 from ..observe.pair import pair
+from ..observe.sampling import prefix_of
 from .ffn_outputs import tune_ffn_outputs
 from .hidden_states import tune_hidden_states
 
@@ -27,6 +30,7 @@ def tune_layers(
     steps: int | None = None,
     tokens: int = 32768,
     accelerator: Accelerator | None = None,
+    tokenizer: Any = None,
     seed: int = 0,
 ) -> dict[str, tuple[float, float]]:
     """Trains the fused weights, and nothing else, to do what the original's do on unlabelled inputs.
@@ -51,6 +55,7 @@ def tune_layers(
             once).
         tokens: how many tokens "ffn" collects.
         accelerator: for "hidden_states": its mixed precision is used.
+        tokenizer: as for `calibrate`, where there is no `dataloader`.
         seed: of the order of tokens.
 
     Returns:
@@ -67,6 +72,8 @@ def tune_layers(
     for name, value in (("learning_rate", learning_rate), ("steps", steps), ("tokens", tokens)):
         if value is not None and not value > 0:
             raise ValueError(f"`{name}` must be above 0, but got {value!r}.")
+    check_unused({"tokenizer": tokenizer}, dataloader, "dataloader")
+    prefix = prefix_of(tokenizer)
     original, fused = pair(model, teacher)
     if objective == "ffn":
         if not fused.dense:
@@ -74,7 +81,7 @@ def tune_layers(
                 f"The fusion adapter of {type(fused.model).__name__} narrows routed experts alone, which cannot be "
                 'tuned one by one. Use `objective="hidden_states"`, or `distill`.'
             )
-        return tune_ffn_outputs(original, fused, dataloader, learning_rate or 0.03, steps or 500, tokens, seed)
+        return tune_ffn_outputs(original, fused, dataloader, learning_rate or 0.03, steps or 500, tokens, seed, prefix)
     if dataloader is None:
         raise ValueError(f'`objective="{objective}"` needs a `dataloader`; only "ffn" does without.')
     return tune_hidden_states(original, fused, dataloader, learning_rate or 1e-4, steps, accelerator)

@@ -34,13 +34,14 @@ def tune_ffn_outputs(
     steps: int,
     tokens: int,
     seed: int,
+    prefix: Sequence[int] | None,
 ) -> Errors:
     """Tunes every narrow FFN; see `tune_layers`, objective "ffn"."""
     pairs = list(zip(original.dense, fused.dense, strict=True))
     with original.running():
         if dataloader is None:
             made = math.ceil(tokens / OWN_LENGTH)
-            dataloader = ranks.together(lambda: own_inputs(original.model, made, OWN_LENGTH, seed))
+            dataloader = ranks.together(lambda: own_inputs(original.model, made, OWN_LENGTH, seed, prefix=prefix))
         inputs, sequences = _collect_inputs(original, dataloader, tokens)
         fisher = _fisher(original, sequences, seed)
 

@@ -63,6 +63,23 @@ def test_an_interrupt_puts_the_generation_config_back(monkeypatch):
     assert model.generation_config is before
 
 
+def test_every_text_is_about_a_token_of_its_own_and_half_of_them_begin_with_the_start_token():
+    model = BY_NAME["llama"].make()
+    with torch.no_grad():
+        model.lm_head.weight.mul_(1e4)  # what it samples is no longer random
+    text = own_inputs(model, 64, 8, seed=0)[0]["input_ids"]
+    start = model.config.bos_token_id
+    assert (text[:32, 0] == start).all()
+    assert len(text[:32, 1].unique()) > 15 and len(text[32:, 0].unique()) > 15
+    model.config.bos_token_id = None
+    assert (own_inputs(model, 64, 8, seed=0)[0]["input_ids"][:, 0] == start).sum() < 8
+
+
+def test_text_of_two_tokens_is_begun_and_not_continued():
+    text = own_inputs(BY_NAME["llama"].make(), 4, 2, seed=0)[0]["input_ids"]
+    assert text.shape == (4, 2) and (text[:2, 0] == 1).all()
+
+
 @pytest.mark.parametrize("name", ["llama", "bert", "t5"])
 def test_one_token_is_enough(name):
     assert own_inputs(BY_NAME[name].make(), 4, 1, seed=0)[0]["input_ids"].shape == (4, 1)
