@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ..progress import progress
 from . import ranks
 from .kept_text import check_file, read_text, write_text
-from .sampling import sample_text
+from .sampling import behind, sample_text
 
 OWN_LENGTH = 64
 """Tokens of a sequence: many short texts are about more than a few long ones.
@@ -61,7 +61,7 @@ def own_inputs(
         length: tokens in each.
         seed: makes them repeatable; torch's global random state is left as it was.
         file: read in place of making them, if it exists, else written; see `kept_text`.
-        prefix: token ids that a causal LM's texts begin with. None: in half of them the start token of its config.
+        prefix: token ids that all begin with. None: of a causal LM half, with the start token of its config.
 
     Returns:
         `input_ids` (and for an encoder-decoder `decoder_input_ids`) of shape (batch, length).
@@ -80,7 +80,7 @@ def own_inputs(
     if file is not None:
         check_file(file)
         if Path(file).exists():
-            return list(_parts(read_text(file, sequences, length, vocabulary)))[ranks.rank() :: ranks.world()]
+            return list(_parts(read_text(file, sequences, length, vocabulary, prefix)))[ranks.rank() :: ranks.world()]
     size = min(_at_once(model, length), -(-sequences // ranks.world()))
     starts = range(0, sequences, size)[ranks.rank() :: ranks.world()]
     batches: list[dict[str, Tensor]] = []
@@ -91,10 +91,11 @@ def own_inputs(
             made = {"input_ids": sample_text(model, vocabulary, count, length, generator, prefix)}
         else:
             ids = torch.randint(0, vocabulary, (2, count, length), generator=generator)
-            made = {"input_ids": ids[0]} | ({"decoder_input_ids": ids[1]} if config.is_encoder_decoder else {})
+            made = {"input_ids": behind(prefix or (), ids[0])[:, :length]}
+            made |= {"decoder_input_ids": ids[1]} if config.is_encoder_decoder else {}
         batches += _parts(made)
     if file is not None:
-        write_text(file, batches)
+        write_text(file, batches, prefix)
     return batches
 
 

@@ -57,14 +57,14 @@ def sample_text(
     text = torch.randint(0, vocabulary, (size, 1), generator=generator).to(device)
     with torch.no_grad(), _plain_generation(model), fast_products(device):
         if prefix is not None:
-            text = _behind(prefix, text)
+            text = behind(prefix, text)
         elif start is not None and length > 1:
             half = size // 2
-            text = torch.cat([_behind([start], text[:half]), _continued(model, text[half:], 2, generator)])
+            text = torch.cat([behind([start], text[:half]), _continued(model, text[half:], 2, generator)])
         return _continued(model, text, length, generator)
 
 
-def _behind(prefix: Sequence[int], text: Tensor) -> Tensor:
+def behind(prefix: Sequence[int], text: Tensor) -> Tensor:
     """Beginnings of text, shape (size, tokens), with the same tokens in front of all."""
     return torch.cat([text.new_tensor(prefix).expand(len(text), -1), text], dim=1)
 

@@ -9,7 +9,7 @@ import torch
 from architectures import BY_NAME
 from helpers import half
 from peft import get_peft_model
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
@@ -52,6 +52,37 @@ def test_text_begins_so(prefix):
     assert text[:, : len(prefix)].tolist() == [prefix[:8]] * 16
     if len(prefix) < 8:
         assert len(text[:, len(prefix)].unique()) > 4
+
+
+@pytest.mark.parametrize("name", ["bert", "t5"])
+def test_random_tokens_begin_so_too(name):
+    made = own_inputs(BY_NAME[name].make(), 16, 8, seed=0, prefix=[7, 8])[0]
+    assert made["input_ids"].shape == (16, 8) and made["input_ids"][:, :2].tolist() == [[7, 8]] * 16
+    assert len(made["input_ids"][:, 2].unique()) > 4
+    if name == "t5":
+        assert len(made["decoder_input_ids"][:, 0].unique()) > 4
+
+
+@pytest.mark.parametrize("held", [None, [], [7]])
+@pytest.mark.parametrize("wanted", [None, [], [7]])
+def test_kept_text_that_begins_otherwise_is_refused(held, wanted, tmp_path):
+    model, file = LLAMA.make(), tmp_path / "own.safetensors"
+    made = own_inputs(model, 8, 8, seed=0, file=file, prefix=held)
+    if wanted in (None, held):
+        assert torch.equal(
+            own_inputs(model, 8, 8, seed=1, file=file, prefix=wanted)[0]["input_ids"], made[0]["input_ids"]
+        )
+    else:
+        with pytest.raises(ValueError, match="sampled to begin with .*but the `tokenizer` begins texts with"):
+            own_inputs(model, 8, 8, seed=0, file=file, prefix=wanted)
+
+
+def test_text_of_before_that_says_nothing_is_refused_beside_a_tokenizer(tmp_path):
+    file = tmp_path / "own.safetensors"
+    save_file({"input_ids": torch.full((8, 8), 7)}, file)
+    assert own_inputs(LLAMA.make(), 8, 8, seed=0, file=file)
+    with pytest.raises(ValueError, match="begin with null"):
+        own_inputs(LLAMA.make(), 8, 8, seed=0, file=file, prefix=[])
 
 
 def begins(file) -> bool:
