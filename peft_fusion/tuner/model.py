@@ -2,26 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
-import torch
 from peft import PeftConfig
 from peft.tuners.tuners_utils import BaseTuner, _ExcludedModule
 from torch import Tensor, nn
 
-from ..fusing.settle import settle
-from .build import calibrated_projections, empty_projections, fused_projections, random_projections
-from .checkpoint import plan_announced, plan_stored, record
 from .config import FusionConfig
 from .experts import ExpertsLayer, NarrowExperts
 from .guarded import GuardedTuner
-from .handover import allocated_widths, calibrated_for, drop_calibrated
+from .handover import drop_calibrated
 from .layer import FusionLayer
 from .loading import tensors_to_come
+from .make import made_anew, to_load
 from .names import check_name, forget_refused_adapter
 from .narrow import Narrow
-from .plan import AnyPlanned, plan_ffns, warn_of_unstatable
-from .recipe import asked_recipe
+from .plan import AnyPlanned
 from .state import keys_to_load, narrow_state_dict, recorded_scale
 from .stored import in_state_dict
 from .transaction import all_or_nothing
@@ -162,39 +156,11 @@ class FusionModel(GuardedTuner):
 
     def _prepare_model(self, peft_config: FusionConfig, model: nn.Module) -> None:
         """Makes every narrow projection of the adapter; nothing in the model has been changed up to here."""
-        if self._stored is not None or self._on_meta:
-            stored = self._stored
-            expected = plan_announced(model, peft_config) if stored is None else plan_stored(model, peft_config, stored)
-            plan = [planned for planned, _ in expected]
-            ffns: list[Sequence[Narrow]] = [empty_projections(planned, shapes) for planned, shapes in expected]
-            record(peft_config, expected)
-        else:
-            plan = plan_ffns(model, peft_config)
-            if peft_config.allocation == "fisher":
-                plan = plan_ffns(model, peft_config, allocated_widths(model, plan))
-            ffns = self._made_anew(model, peft_config, plan)
-        for planned, projections in zip(plan, ffns, strict=True):
+        loads = self._stored is not None or self._on_meta
+        made = to_load(model, peft_config, self._stored) if loads else made_anew(model, peft_config)
+        for planned, projections in made:
             for name, projection in zip(planned.ffn.projection_names, projections, strict=True):
                 self._projections[name] = (projection, planned)
-
-    @staticmethod
-    def _made_anew(model: nn.Module, config: FusionConfig, plan: list[AnyPlanned]) -> list[Sequence[Narrow]]:
-        """The narrow projections of every planned FFN, fused or random."""
-        warn_of_unstatable(model, plan)
-        asked = asked_recipe(config)
-        calibrated = calibrated_for(model, plan, asked) if config.init_weights else None
-        recipe = settle(asked) if calibrated is None else calibrated.recipe
-        ffns: list[Sequence[Narrow]]
-        if not config.init_weights:
-            generator = torch.Generator().manual_seed(config.seed)
-            ffns = [random_projections(planned, recipe, generator) for planned in plan]
-        elif calibrated:
-            ffns = [calibrated_projections(calibrated.narrow, p, recipe) for p in plan]
-        else:
-            ffns = [*fused_projections(plan, recipe)]
-        config.fused_widths = {p.ffn.name: [p.ffn.width, p.width] for p in plan}
-        config.fused_by = recipe.to_dict()
-        return ffns
 
     def _check_target_module_exists(self, peft_config: PeftConfig, key: str) -> bool | _ExcludedModule:
         if key not in self._projections and peft_config.exclude_modules:

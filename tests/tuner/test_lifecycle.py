@@ -148,7 +148,7 @@ def test_loading_never_clusters(architecture, tmp_path, monkeypatch):
     def clustering(*args, **kwargs):
         raise AssertionError("loading clustered")
 
-    monkeypatch.setattr("peft_fusion.tuner.model.fused_projections", clustering)
+    monkeypatch.setattr("peft_fusion.tuner.make.fused_projections", clustering)
     monkeypatch.setattr("peft_fusion.fusing.methods.fusion.kernel_kmeans", clustering)
     with pytest.raises(AssertionError, match="loading clustered"):
         get_peft_model(architecture.make(), half(architecture))
@@ -212,7 +212,7 @@ def test_random_weights_without_clustering(monkeypatch):
     def clustering(*args, **kwargs):
         raise AssertionError("clustered")
 
-    monkeypatch.setattr("peft_fusion.tuner.model.fused_projections", clustering)
+    monkeypatch.setattr("peft_fusion.tuner.make.fused_projections", clustering)
     bert = BY_NAME["bert"]
     model = bert.make()
     original = logits(model, bert)

@@ -142,7 +142,7 @@ WAYS = [
 @pytest.mark.parametrize("way", WAYS, ids=lambda way: way.__name__)
 def test_every_way_gives_the_saved_outputs(way, adapter, monkeypatch, tmp_path):
     folder, expected, scale = adapter
-    monkeypatch.setattr("peft_fusion.tuner.model.fused_projections", lambda *_: pytest.fail("loading clustered"))
+    monkeypatch.setattr("peft_fusion.tuner.make.fused_projections", lambda *_: pytest.fail("loading clustered"))
     model = way(folder)
     assert torch.equal(logits(model, LLAMA), expected)
     config = next(iter(model.peft_config.values()))

@@ -27,8 +27,12 @@ def test_transformers_generates_what_the_model_does(engines, tmp_path):
         logits[:, model.config.eos_token_id] = -torch.inf  # so many tokens, whatever is said
         ids = torch.cat([ids, logits.argmax(-1, keepdim=True)], 1)
     assert found["tokens"] == ids[0, 2:].tolist()
-    assert found["per_second"] > 0 and found["peak_memory"] > 50
+    assert found["prefill"] > 0 and found["decode"] > 0 and found["peak_memory"] > 50
     assert found["version"] == tf.__version__
+    several = engines.generate("transformers", str(tmp_path), str(tmp_path), "one two one", 5, 3, prompt_tokens=2)
+    assert several["tokens"] == found["tokens"]  # beside others, of a prompt that is cut to two tokens
+    with pytest.raises(ValueError, match="a prompt of 300 tokens and 5 new ones: at most 256"):
+        engines.generate("transformers", str(tmp_path), str(tmp_path), "one two", 5, 1, prompt_tokens=300)
 
 
 def test_what_is_not_installed_is_named(engines, monkeypatch):
