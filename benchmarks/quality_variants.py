@@ -22,7 +22,9 @@ VARIANTS: dict[str, tuple[dict[str, Any] | None, bool]] = {
     "fusion, outputs kernel": ({"kernel": "outputs"}, True),
     "fusion, ntk kernel": ({"kernel": "ntk"}, True),
     "fusion": ({}, True),
+    "fusion, sequential": ({"refit": "sequential"}, True),
     "fusion, budget": ({"allocation": "fisher"}, True),
+    "fusion, budget, sequential": ({"allocation": "fisher", "refit": "sequential"}, True),
     "pruning by saliency, fisher kernel, refit, budget": (
         {"method": "pruning", "kernel": "fisher", "allocation": "fisher"},
         True,

@@ -86,7 +86,7 @@ def collect_centroids(
 
     ranks.together(lambda: run_over(network, inputs, "Refitting centroids", inputs_listener=add))
     for found in moments.values():
-        _add_up_moments(found)
+        add_up_moments(found)
     return moments
 
 
@@ -113,7 +113,7 @@ def _add_up(statistics: FFNStatistics, ffn: OneFFN) -> None:
     )
 
 
-def _add_up_moments(moments: MomentSums) -> None:
+def add_up_moments(moments: MomentSums) -> None:
     """Makes the moments of one rank those of all."""
     if ranks.world() == 1:
         return

@@ -30,6 +30,7 @@ from .collect import collect, collect_centroids
 from .inputs import Inputs
 from .pieces import Piece, pieces_of
 from .scales import fit_scales_of
+from .sequential import refit_in_sequence, steps_of
 from .share import share_measured, share_results
 from .starved import Starved
 
@@ -62,6 +63,8 @@ class Narrowing:
             check_readable(p)
         for piece in pieces_of(self.plan):
             activation_of(piece.ffn)
+        narrowed = [p for group in self.groups for p in group]
+        self._steps = steps_of(network, narrowed, inputs) if self.recipe.refit == "sequential" else []
 
     @property
     def groups(self) -> list[list[AnyPlanned]]:
@@ -121,6 +124,8 @@ class Narrowing:
         narrow = {p.ffn.name: whole(p.ffn) for p in pieces_of(self.plan) if p.width == p.ffn.width}
         for group in self.groups:
             narrow |= self._narrowed(group)
+        steps = [step for step in self._steps if narrow[step.ffn.name].weights.width < step.ffn.width]
+        refit_in_sequence(self.network, steps, narrow, self.inputs)
         if self.recipe.scale == "ntk" and self.groups:
             fit_scales_of(self.network, self.groups, narrow, self.inputs, self.recipe.seed + 1)
         self._tell_of_starved()

@@ -57,25 +57,26 @@ def run(ffn: FFNWeights | NarrowFFN, activation: Activation, inputs: Tensor) -> 
     Returns:
         Tensor of shape (..., out_dim), in float32 at least.
     """
-    narrow = ffn if isinstance(ffn, NarrowFFN) else NarrowFFN(ffn, torch.ones((), device=ffn.out_weight.device))
-    weights, x = narrow.weights, inputs.to(_at_least_float32(narrow.weights))
-    hidden = _hidden(weights, activation, x, narrow.in_scales) * narrow.scale.to(x)
-    bias = None if weights.out_bias is None else weights.out_bias.to(x)
-    return linear(hidden, weights.out_weight.to(x).T, bias)
+    weights = ffn.weights if isinstance(ffn, NarrowFFN) else ffn
+    hidden = hidden_activations(ffn, activation, inputs)
+    bias = None if weights.out_bias is None else weights.out_bias.to(hidden)
+    return linear(hidden, weights.out_weight.to(hidden).T, bias)
 
 
-def hidden_activations(weights: FFNWeights, activation: Activation, inputs: Tensor) -> Tensor:
-    """What goes into an FFN's out-projection.
+def hidden_activations(ffn: FFNWeights | NarrowFFN, activation: Activation, inputs: Tensor) -> Tensor:
+    """What goes into an FFN's out-projection, of a narrow one with its scales.
 
     Args:
-        weights: the FFN's weights.
+        ffn: an FFN's weights, or those of a narrow one with its scales.
         activation: the activation function, elementwise.
         inputs: tensor of shape (tokens, in_dim), on the device of the weights.
 
     Returns:
         Tensor of shape (tokens, neurons), in float32 at least.
     """
-    return _hidden(weights, activation, inputs.to(_at_least_float32(weights)))
+    weights, in_scales = (ffn.weights, ffn.in_scales) if isinstance(ffn, NarrowFFN) else (ffn, None)
+    hidden = _hidden(weights, activation, inputs.to(_at_least_float32(weights)), in_scales)
+    return hidden * ffn.scale.to(hidden) if isinstance(ffn, NarrowFFN) else hidden
 
 
 def look_inside(weights: FFNWeights, activation: Activation, inputs: Tensor) -> Inside:

@@ -72,7 +72,7 @@ class CentroidMoments(MomentSums):
         with exact_products(self.gram.device):
             for x, own_weights in in_chunks(inputs.to(self.gram.device), weights):
                 hidden = hidden_activations(self._weights, self._activation, x)
-                own = hidden_activations(self.narrow.weights, self._activation, x) * self.narrow.scale
+                own = hidden_activations(self.narrow, self._activation, x)
                 self.add(own, hidden @ self._weights.out_weight.to(hidden), own_weights)
 
 

@@ -10,7 +10,7 @@ AUTO = "auto"
 """Of a setting that is still to be settled."""
 
 REPRESENTATIVES = ("centroid", "neuron")
-REFITS = ("ridge", "none")
+REFITS = ("ridge", "sequential", "none")
 SCALES = ("counts", "ntk", "none")
 
 _RECORDED = ("method", "kernel", "representative", "refit", "scale", "calibration")
@@ -24,7 +24,8 @@ class Recipe:
         method: a key of `methods.METHODS`.
         kernel: what neurons are compared by, a key of `kernels.KERNELS`.
         representative: what stands for a cluster: "centroid", its mean, or "neuron", a real one.
-        refit: "ridge" (the out-projection is fitted anew) or "none".
+        refit: "ridge" (the out-projection is fitted anew), "sequential" (so it is, and then once more, layer after
+            layer, to make up for what the narrow FFNs before it have changed) or "none".
         scale: "counts" (the clusters' sizes), "ntk" (the original's tangent kernel) or "none".
         keep_neurons: for "sketch": so many of the largest neurons are kept exactly.
         n_init: restarts of the clustering; None: the engine's default.

@@ -84,8 +84,8 @@ def _check_method(asked: Recipe, method: Method) -> None:
         needs[f'kernel="{asked.kernel}"'] = lambda other: asked.kernel in other.kernels
     if asked.representative != AUTO:
         needs[f'representative="{asked.representative}"'] = lambda other: asked.representative in other.representatives
-    if asked.refit == "ridge":
-        needs['refit="ridge"'] = lambda other: other.calibrated
+    if asked.refit not in (AUTO, "none"):
+        needs[f'refit="{asked.refit}"'] = lambda other: other.calibrated
     if asked.scale == "ntk":
         needs['scale="ntk"'] = lambda other: other.calibrated
     if asked.scale == "counts":
@@ -105,7 +105,7 @@ def _check_calibration(asked: Recipe, calibrated: bool, gradients: bool) -> None
     needs = {
         "kernel": kernel is not None and kernel.needs_statistics,
         "representative": asked.representative == "neuron" and "centroid" in METHODS[asked.method].representatives,
-        "refit": asked.refit == "ridge",
+        "refit": asked.refit not in (AUTO, "none"),
         "scale": asked.scale == "ntk",
     }
     for name, needed in needs.items():

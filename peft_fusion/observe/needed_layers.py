@@ -25,7 +25,7 @@ class NeededLayers:
     """
 
     def __init__(self, network: Network) -> None:
-        self._layers, numbers = in_one_list(network.model, [ffn.name for ffn in network.ffns])
+        self._layers, numbers = in_one_list(network.model, [ffn.projection_names[-1] for ffn in network.ffns])
         self._needed = max(numbers, default=-1) + 1
         self._ran: list[tuple[nn.Module, Any]] = []
         self._output: list[Any] = []

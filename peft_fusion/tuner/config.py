@@ -57,8 +57,9 @@ class FusionConfig(PeftConfig):
             `calibrate` ("outputs" for "pruning", and where a model has no gradients), else "weights".
         representative (`str`): What stands for a cluster: "centroid" (the paper) or "neuron" (one of its own);
             "auto": "neuron" after `calibrate`, else "centroid".
-        refit (`str`): "ridge" (the out-projection is fitted anew to the original's outputs, after `calibrate`) or
-            "none"; "auto": "ridge" after `calibrate`.
+        refit (`str`): "ridge" (the out-projection is fitted anew to the original's outputs, after `calibrate`),
+            "sequential" (then once more, layer after layer, to make up for what the narrow FFNs before it have changed;
+            dense FFNs of models whose layers add what they put out) or "none"; "auto": "ridge" after `calibrate`.
         scale (`str`): The standalone, non-trainable scale of the hidden activations: "counts" (the sizes of the
             clusters, the paper's P), "ntk" (fitted to the original's tangent kernel, after `calibrate`) or "none";
             "auto": "ntk" after `calibrate`, else "counts" where there are clusters.
