@@ -5,11 +5,12 @@ it, and what the FFNs before it have changed is passed on beside it. With h what
 in the narrow model, g the narrow hidden activations there and B the out-projection, of which the layer adds m times
 B^T g,
 
-    minimise over the change of B:   E|h - h' - m (change of B)^T g|^2
+    minimise over the change of B:   E |h - h' - m (change of B)^T g|^2 / |h|^2
 
-shrunk towards the fit there was, by the ridge and the held-out tokens of `fusing.refit`. FFNs take turns in their
-order, each with those before it as they have become. Both models run layer by layer: what goes into a layer is kept, so
-that all of it takes one pass of the original and two of the narrow model, whatever the number of layers.
+for what comes next is a norm. It is shrunk towards the fit there was, by the ridge and the held-out tokens of
+`fusing.refit`. FFNs take turns in their order, each with those before it as they have become. Both models run layer by
+layer: what goes into a layer is kept, so that all of it takes one pass of the original and two of the narrow model,
+whatever the number of layers.
 """
 
 from __future__ import annotations
@@ -87,7 +88,7 @@ class _BothModels:
             inputs, found = self._run_narrow(number, batch, step, replaced, narrow)
             valid, sequence = Positions(batch, self.network.is_encoder_decoder).of(step.ffn.name, inputs)
             held_out = (first + sequence) % HELD_OUT == HELD_OUT - 1
-            seen.add(inputs, (wanted.float() - found.float()) / step.factor, valid & ~held_out, valid & held_out)
+            seen.add(inputs, wanted.float(), found.float(), valid & ~held_out, valid & held_out)
             first += batch_size(batch)
         self.original_start = max(self.original_start, step.layer + 1)
         self.narrow_start = step.layer
@@ -128,37 +129,39 @@ class _Seen:
         self.activation: Activation = activation_of(step.ffn)
         out_weight = narrow.weights.out_weight
         self.sums = MomentSums(narrow.weights.width, out_weight.shape[1], device_of(step.ffn))
-        self.held_out: list[tuple[Tensor, Tensor]] = []
+        self.held_out: list[tuple[Tensor, Tensor, Tensor]] = []
         self.room = -(-SAMPLE_TOKENS // ranks.world())
 
-    def add(self, inputs: Tensor, missing: Tensor, to_fit: Tensor, held_out: Tensor) -> None:
+    def add(self, inputs: Tensor, wanted: Tensor, found: Tensor, to_fit: Tensor, held_out: Tensor) -> None:
         """Adds the tokens of a batch.
 
         Args:
             inputs: what goes into the FFN, shape (..., in_dim).
-            missing: what its layer lacks of the FFN's outputs, shape (..., out_dim), float32.
+            wanted: what its layer passes on in the original, shape (..., out_dim), float32.
+            found: what it passes on in the narrow model.
             to_fit: which of the tokens are to be fitted to, in CPU memory.
             held_out: which are held out.
         """
-        x, lack = inputs.reshape(-1, inputs.shape[-1]), missing.reshape(-1, missing.shape[-1])
-        numbers = [chosen.nonzero().squeeze(1).to(x.device, non_blocking=True) for chosen in (to_fit, held_out)]
-        with exact_products(x.device):
-            for own, own_lack in in_chunks(x[numbers[0]], lack[numbers[0]]):
-                self.sums.add(*self._hidden_and_target(own, own_lack))
+        tokens = [values.reshape(-1, values.shape[-1]) for values in (inputs, wanted, found)]
+        numbers = [chosen.nonzero().squeeze(1).to(inputs.device, non_blocking=True) for chosen in (to_fit, held_out)]
+        with exact_products(inputs.device):
+            for chunk in in_chunks(*(values[numbers[0]] for values in tokens)):
+                self.sums.add(*self._problem(*chunk))
             kept = numbers[1][: self.room]
             if len(kept):
-                self.held_out.append(self._hidden_and_target(x[kept], lack[kept]))
+                self.held_out.append(self._problem(*(values[kept] for values in tokens)))
                 self.room -= len(kept)
 
-    def _hidden_and_target(self, inputs: Tensor, missing: Tensor) -> tuple[Tensor, Tensor]:
-        """What goes into the out-projection, and what it should make of it, without the bias."""
+    def _problem(self, inputs: Tensor, wanted: Tensor, found: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """What goes into the out-projection, what it should make of it (no bias), and how much a token counts."""
         hidden = hidden_activations(self.narrow, self.activation, inputs)
-        return hidden, hidden @ self.narrow.weights.out_weight.to(hidden) + missing
+        outputs = hidden @ self.narrow.weights.out_weight.to(hidden)
+        return hidden, outputs + (wanted - found) / self.step.factor, 1 / wanted.square().mean(1).clamp(min=1e-30)
 
     def refitted(self) -> NarrowFFN:
         """The narrow FFN, fitted to what all ranks have seen."""
         add_up_moments(self.sums)
-        hidden, target = (ranks.joined_over_ranks(torch.cat(parts)) for parts in zip(*self.held_out, strict=True))
+        held_out = [ranks.joined_over_ranks(torch.cat(parts)) for parts in zip(*self.held_out, strict=True)]
         if not bool(torch.isfinite(self.sums.gram).all() & torch.isfinite(self.sums.cross).all()):
             raise UnusableActivations(
                 f"At the FFN {self.step.ffn.name!r} activations of the narrow model hold NaN or infinite values. Check "
@@ -166,8 +169,8 @@ class _Seen:
             )
         weights, moments = self.narrow.weights, self.sums.moments()
         moments = moments if weights.out_bias is not None else moments.about_zero()
-        with exact_products(hidden.device):
-            fit = refit(Problem(moments, weights.out_weight.float(), HeldOut.of(hidden, target)))
+        with exact_products(self.sums.gram.device):
+            fit = refit(Problem(moments, weights.out_weight.float(), HeldOut.of(*held_out)))
         fitted = with_fit(weights, fit, None)
         shared = ranks.from_rank(0, [t for t in (fitted.out_weight, fitted.out_bias) if t is not None])
         out_weight, *bias = (tensor.to(weights.out_weight.dtype) for tensor in shared)

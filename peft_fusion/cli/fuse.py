@@ -19,6 +19,7 @@ from ..export import Exported, export, export_fused, fused_by_itself
 from ..export.folder import check_free
 from ..ffn import find_all
 from ..fusing.methods import METHODS
+from ..fusing.recipe import AUTO, REFITS
 from ..observe.own_inputs import OWN_LENGTH
 from ..tuner.config import ALLOCATIONS, FusionConfig
 from .models import check_length, load_adapter, load_model, load_tokenizer, model_on_meta, text_batches
@@ -26,6 +27,7 @@ from .options import Check, Dtype, Json, Original, Out, Overwrite, Precision, Tr
 
 Allocation = Enum("Allocation", {name: name for name in ALLOCATIONS}, type=str)  # type: ignore[misc]
 Method = Enum("Method", {name: name for name in METHODS}, type=str)  # type: ignore[misc]
+Refit = Enum("Refit", {name: name for name in (AUTO, *REFITS)}, type=str)  # type: ignore[misc]
 OWN = "own"
 NONE_WRITTEN = "none is written beside the model"
 
@@ -55,6 +57,10 @@ def fuse(
             help="Then learn the original's predictions on so many tokens: of --calibrate's file, or own.", min=1
         ),
     ] = None,
+    refit: Annotated[
+        Refit,
+        typer.Option(help="Of out-projections, after --calibrate: ridge, or sequential: in each other's company, too."),
+    ] = Refit.auto,  # type: ignore[attr-defined]
     method: Annotated[Method, typer.Option(help="How narrow FFNs are made.")] = Method.fusion,  # type: ignore[attr-defined]
     seed: int = 0,
     dtype: Dtype = Precision.auto,
@@ -81,6 +87,7 @@ def fuse(
         "intermediate_size": width,
         "layers_to_transform": layer_numbers(layers),
         "allocation": allocation.value,
+        "refit": refit.value,
         "method": method.value,
         "seed": seed,
     }

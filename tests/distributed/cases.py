@@ -42,6 +42,7 @@ CASES = {
     "defaults, mixtral": Case("mixtral"),
     "centroids, bert": Case("bert", {"representative": "centroid", **WITHOUT_DRAWS}),
     "centroids, mixtral": Case("mixtral", {"representative": "centroid", **WITHOUT_DRAWS}),
+    "sequential, llama": Case("llama", {"refit": "sequential", **WITHOUT_DRAWS}),
     "own text, llama": Case("llama", {}, data=False),
 }
 

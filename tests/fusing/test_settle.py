@@ -69,7 +69,7 @@ def check_used(weights: FFNWeights, narrow: NarrowFFN, recipe: Recipe, used: Use
     real = bool((torch.cdist(rows, weights.in_weights[0]).min(1).values < 1e-6).all())
     if method.representatives:
         assert real == (recipe.representative == "neuron")
-    assert (used.refits > 0) == (recipe.refit == "ridge")
+    assert (used.refits > 0) == (recipe.refit != "none")
     if recipe.calibration and "centroid" in method.representatives:
         assert used.kernels == [recipe.kernel]
     assert (narrow.in_scales is not None) == (recipe.scale == "ntk")

@@ -1,0 +1,173 @@
+"""The sequential refit: FFN after FFN, in the company of the narrow ones before it."""
+
+from __future__ import annotations
+
+import sys
+
+import pytest
+import torch
+import transformers as tf
+from architectures import ARCHITECTURES, BY_NAME
+from moes import DEEPSEEK, MIXTRAL
+from peft import get_peft_model
+from test_collect import batches
+
+from peft_fusion import FusionConfig, calibrate
+from peft_fusion.calibrate.inputs import HELD_OUT, Inputs
+from peft_fusion.calibrate.sequential import steps_of
+from peft_fusion.ffn import capture, find_ffns
+from peft_fusion.fusing import refit as fitting
+from peft_fusion.observe.networks import Network
+from peft_fusion.observe.stretches import Stretches, passed_on
+from peft_fusion.tuner.plan import plan_ffns
+
+LLAMA = BY_NAME["llama"]
+NORM_BEHIND = {"bert", "roberta"}
+TWO_LISTS = {"t5", "t5_gated"}
+
+
+def fused(model, data, **settings):
+    config = FusionConfig(ratio=0.5, **settings)
+    calibrate(model, config, data)
+    return get_peft_model(model, config)
+
+
+def passed_on_by(model, layers, batch) -> list[torch.Tensor]:
+    """What every layer of a model passes on."""
+    network = Network(model, find_ffns(model), fused=True)
+    with network.running():
+        return [passed_on(output) for output in Stretches(layers).outputs(network, batch)]
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES, ids=lambda a: a.name)
+def test_it_is_used_or_refused_before_any_work(architecture, unchanged):
+    model = architecture.make()
+    check, config = unchanged(model), FusionConfig(ratio=0.5, refit="sequential")
+    data = batches(architecture, 4)
+    refusals = {"does more with what its FFN puts out": NORM_BEHIND, "layers do not all run once": TWO_LISTS}
+    for reason, names in refusals.items():
+        if architecture.name in names:
+            with pytest.raises(ValueError, match=rf'`refit="sequential"` cannot be used with this .*{reason}'):
+                calibrate(model, config, data)
+            return check()
+    calibrate(model, config, data)
+    check(calibrated=True)
+    peft_model = get_peft_model(model, config)
+    assert peft_model.peft_config["default"].fused_by["refit"] == "sequential"
+    return None
+
+
+def residual_after(model, layer: int, data) -> torch.Tensor:
+    """What a layer passes on of the training sequences, token by token."""
+    found, seen = [], 0
+    for batch in data:
+        states = passed_on_by(model, model.model.layers, batch)[layer]
+        rows = [i for i in range(len(states)) if (seen + i) % HELD_OUT != HELD_OUT - 1]
+        found.append(states[rows].flatten(0, 1))
+        seen += len(states)
+    return torch.cat(found)
+
+
+@pytest.mark.parametrize("name", ["llama", "llama_bias"])
+def test_every_ffn_leaves_what_none_of_its_neurons_can_explain(name, monkeypatch):
+    """Least squares: what is still missing is orthogonal to the narrow hidden activations, in company."""
+    architecture = BY_NAME[name]
+    data = batches(architecture, 24)
+    original = architecture.make()
+    monkeypatch.setattr(fitting, "STRENGTHS", (1e-9,))
+    monkeypatch.setattr(fitting.Problem, "unfitted", property(lambda problem: problem.middle))  # whatever held out says
+    narrow = fused(architecture.make(), data, refit="sequential", scale="none")
+    for layer, ffn in enumerate(find_ffns(narrow.base_model.model)):
+        hidden, seen = [], [0]
+
+        def take(name, values, hidden=hidden, seen=seen):
+            rows = [i for i in range(len(values)) if (seen[0] + i) % HELD_OUT != HELD_OUT - 1]
+            hidden.append(values[rows].flatten(0, 1))
+            seen[0] += len(values)
+
+        with capture([ffn], hidden=take):
+            found = residual_after(narrow.base_model.model, layer, data)
+        wanted = residual_after(original, layer, data).double()
+        missing = (wanted - found) / wanted.norm(dim=1, keepdim=True)
+        g = torch.cat(hidden).double() / wanted.norm(dim=1, keepdim=True)
+        left = (g.T @ missing).norm() / (g.norm() * missing.norm())
+        assert left < 1e-3 or missing.norm() < 1e-4 * len(missing) ** 0.5
+
+
+@pytest.mark.parametrize("scale", ["ntk", "none"])
+def test_the_narrow_model_passes_on_what_is_nearer_to_the_original(scale):
+    data, other = batches(LLAMA, 32), LLAMA.batch(seed=99)
+    original = LLAMA.make(num_hidden_layers=4)
+    expected = passed_on_by(original, original.model.layers, other)
+    errors = {}
+    for refit in ("ridge", "sequential"):
+        model = fused(LLAMA.make(num_hidden_layers=4), data, refit=refit, scale=scale).base_model.model
+        found = passed_on_by(model, model.model.layers, other)
+        errors[refit] = [float((a - b).square().mean()) for a, b in zip(expected, found, strict=True)]
+    assert errors["sequential"][0] == pytest.approx(errors["ridge"][0], rel=0.1)  # nothing before it is narrow
+    assert errors["sequential"][-1] < 0.99 * errors["ridge"][-1]
+
+
+def tried(model, data):
+    """The steps that a refit of all of a model's FFNs would take."""
+    network = Network(model, find_ffns(model), fused=False)
+    with network.running():
+        return steps_of(network, plan_ffns(model, FusionConfig(ratio=0.5)), Inputs(data, "data"))
+
+
+def test_a_layer_that_multiplies_what_it_adds_is_known_by_that():
+    settings = {**LLAMA.config().to_dict(), "residual_multiplier": 0.3}
+    granite = tf.GraniteForCausalLM(tf.GraniteConfig(**{k: v for k, v in settings.items() if k != "model_type"})).eval()
+    assert [step.layer for step in tried(granite, [LLAMA.batch()])] == [0, 1, 2]
+    assert [step.factor for step in tried(granite, [LLAMA.batch()])] == pytest.approx([0.3] * 3, rel=1e-3)
+    assert [step.factor for step in tried(LLAMA.make().bfloat16(), [LLAMA.batch()])] == pytest.approx([1] * 3, rel=0.02)
+
+
+def test_a_norm_between_ffn_and_sum_is_refused():
+    settings = {k: v for k, v in LLAMA.config().to_dict().items() if k not in ("model_type", "layer_types")}
+    gemma = tf.Gemma2ForCausalLM(tf.Gemma2Config(**{**settings, "head_dim": 8})).eval()
+    with pytest.raises(ValueError, match=r"the layer of 'model.layers.0.mlp' does more with what its FFN puts out"):
+        tried(gemma, [LLAMA.batch()])
+
+
+def test_routed_experts_keep_their_own_refit():
+    data = batches(MIXTRAL, 12)
+    with pytest.raises(ValueError, match="it refits dense FFNs, and none of those that become narrower is one"):
+        fused(MIXTRAL.make(), data, refit="sequential")
+    ridge, sequential = (fused(DEEPSEEK.make(), data, refit=refit, scale="none") for refit in ("ridge", "sequential"))
+    states = [model.state_dict() for model in (ridge, sequential)]
+    changed = {name for name, tensor in states[0].items() if not torch.equal(tensor, states[1][name])}
+    assert changed and all("down_proj" in name and ".experts." not in name for name in changed)
+    assert any("shared_experts" in name for name in changed)  # they make up for the routed ones
+
+
+def test_padding_is_left_out():
+    short = [{"input_ids": batch["input_ids"]} for batch in batches(LLAMA, 12)]
+    padded = [
+        {
+            "input_ids": torch.nn.functional.pad(batch["input_ids"], (0, 5), value=7),
+            "attention_mask": torch.nn.functional.pad(torch.ones_like(batch["input_ids"]), (0, 5)),
+        }
+        for batch in short
+    ]
+    settings = {"refit": "sequential", "kernel": "outputs", "scale": "none"}
+    expected, found = (fused(LLAMA.make(), data, **settings).state_dict() for data in (short, padded))
+    for name, tensor in expected.items():
+        torch.testing.assert_close(found[name], tensor, rtol=1e-3, atol=1e-4)
+
+
+def test_interrupted_it_leaves_the_model_as_it_was(monkeypatch, unchanged):
+    model, calls = LLAMA.make(), []
+
+    def interrupted(problem):
+        calls.append(problem)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return fitting.refit(problem)
+
+    check = unchanged(model)
+    monkeypatch.setattr(sys.modules["peft_fusion.calibrate.sequential"], "refit", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        calibrate(model, FusionConfig(ratio=0.5, refit="sequential"), batches(LLAMA, 8))
+    check()
+    assert len(calls) == 2
