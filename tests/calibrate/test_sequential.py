@@ -14,9 +14,12 @@ from test_collect import batches
 
 from peft_fusion import FusionConfig, calibrate
 from peft_fusion.calibrate.inputs import HELD_OUT, Inputs
-from peft_fusion.calibrate.sequential import steps_of
-from peft_fusion.ffn import capture, find_ffns
+from peft_fusion.calibrate.sequential import refit_in_sequence, steps_of
+from peft_fusion.ffn import capture, find_ffns, read_ffn
 from peft_fusion.fusing import refit as fitting
+from peft_fusion.fusing.methods import narrow_by
+from peft_fusion.fusing.recipe import Recipe
+from peft_fusion.fusing.settle import settle
 from peft_fusion.observe.networks import Network
 from peft_fusion.observe.stretches import Stretches, passed_on
 from peft_fusion.tuner.plan import plan_ffns
@@ -24,6 +27,13 @@ from peft_fusion.tuner.plan import plan_ffns
 LLAMA = BY_NAME["llama"]
 NORM_BEHIND = {"bert", "roberta"}
 TWO_LISTS = {"t5", "t5_gated"}
+
+
+def granite() -> tf.GraniteForCausalLM:
+    """A Llama, but for that its layers add less than what their FFNs put out."""
+    settings = {key: value for key, value in LLAMA.config().to_dict().items() if key != "model_type"}
+    torch.manual_seed(0)
+    return tf.GraniteForCausalLM(tf.GraniteConfig(**settings, residual_multiplier=0.3)).eval()
 
 
 def fused(model, data, **settings):
@@ -68,15 +78,14 @@ def residual_after(model, layer: int, data) -> torch.Tensor:
     return torch.cat(found)
 
 
-@pytest.mark.parametrize("name", ["llama", "llama_bias"])
-def test_every_ffn_leaves_what_none_of_its_neurons_can_explain(name, monkeypatch):
+@pytest.mark.parametrize("make", [LLAMA.make, BY_NAME["llama_bias"].make, granite], ids=["llama", "bias", "granite"])
+def test_every_ffn_leaves_what_none_of_its_neurons_can_explain(make, monkeypatch):
     """Least squares: what is still missing is orthogonal to the narrow hidden activations, in company."""
-    architecture = BY_NAME[name]
-    data = batches(architecture, 24)
-    original = architecture.make()
+    data = batches(LLAMA, 24)
+    original = make()
     monkeypatch.setattr(fitting, "STRENGTHS", (1e-9,))
     monkeypatch.setattr(fitting.Problem, "unfitted", property(lambda problem: problem.middle))  # whatever held out says
-    narrow = fused(architecture.make(), data, refit="sequential", scale="none")
+    narrow = fused(make(), data, refit="sequential", scale="none")
     for layer, ffn in enumerate(find_ffns(narrow.base_model.model)):
         hidden, seen = [], [0]
 
@@ -116,11 +125,22 @@ def tried(model, data):
 
 
 def test_a_layer_that_multiplies_what_it_adds_is_known_by_that():
-    settings = {**LLAMA.config().to_dict(), "residual_multiplier": 0.3}
-    granite = tf.GraniteForCausalLM(tf.GraniteConfig(**{k: v for k, v in settings.items() if k != "model_type"})).eval()
-    assert [step.layer for step in tried(granite, [LLAMA.batch()])] == [0, 1, 2]
-    assert [step.factor for step in tried(granite, [LLAMA.batch()])] == pytest.approx([0.3] * 3, rel=1e-3)
+    assert [step.layer for step in tried(granite(), [LLAMA.batch()])] == [0, 1, 2]
+    assert [step.factor for step in tried(granite(), [LLAMA.batch()])] == pytest.approx([0.3] * 3, rel=1e-3)
     assert [step.factor for step in tried(LLAMA.make().bfloat16(), [LLAMA.batch()])] == pytest.approx([1] * 3, rel=0.02)
+
+
+def test_a_layer_runs_once_in_the_original_and_twice_in_the_narrow_model():
+    model, data, calls = LLAMA.make(), batches(LLAMA, 5), [0, 0, 0]
+    inputs, plan = Inputs(data, "data"), plan_ffns(model, FusionConfig(ratio=0.5))
+    network = Network(model, find_ffns(model), fused=False)
+    with network.running():
+        steps = steps_of(network, plan, inputs)
+        narrow = {p.ffn.name: narrow_by(read_ffn(p.ffn), p.width, settle(Recipe()), None) for p in plan}
+        for number, layer in enumerate(model.model.layers):
+            layer.mlp.register_forward_hook(lambda *_, n=number: calls.__setitem__(n, calls[n] + 1))
+        refit_in_sequence(network, steps, narrow, inputs)
+    assert calls == [15, 15, 10]  # behind the last one nothing has to be known of it
 
 
 def test_a_norm_between_ffn_and_sum_is_refused():
