@@ -56,10 +56,9 @@ def test_fused_trained_merged(where, method, tmp_path):
 
 
 @dispatched
-@pytest.mark.parametrize("allocation", ["uniform", "fisher"])
-def test_calibrated(where, allocation, tmp_path):
-    config = FusionConfig(ratio=0.5, allocation=allocation, multiple_of=4)
-    other = FusionConfig(ratio=0.5, allocation=allocation, multiple_of=4)
+@pytest.mark.parametrize(("allocation", "refit"), [("uniform", "auto"), ("fisher", "auto"), ("fisher", "sequential")])
+def test_calibrated(where, allocation, refit, tmp_path):
+    config, other = (FusionConfig(ratio=0.5, allocation=allocation, refit=refit, multiple_of=4) for _ in range(2))
     here, there = LLAMA.make(), away(where, tmp_path)
     calibrate(here, config, batches(3))
     calibrate(there, other, batches(3), ffns_per_pass=1)
