@@ -252,8 +252,14 @@ def test_fuse_by_a_budget_and_distil(run, base, tmp_path, text, inputs, monkeypa
     monkeypatch.setattr(module, "distill_model", lambda *a, **k: calls.append((a, k, original(*a, **k))))
     options = ["--calibrate", text if inputs == "file" else "own", "--sequences", 8, "--length", 16]
     options += ["--allocation", "fisher", "--distill", 800, "--ratio", 0.5, "--no-check", "--json"]
-    status, out, err = run("fuse", base, tmp_path / "small", *options)
+    refits = []
+    monkeypatch.setattr(
+        sys.modules["peft_fusion.calibrate.narrowing"], "refit_in_sequence", lambda *_: refits.append(inputs)
+    )
+    more = ["--refit", "sequential"] if inputs == "file" else []
+    status, out, err = run("fuse", base, tmp_path / "small", *options, *more)
     assert status == 0, err
+    assert refits == (["file"] if inputs == "file" else [])
     widths = [now for _, now in json.loads(out)["widths"].values()]
     assert sum(widths) <= 96 and all(width % 8 == 0 for width in widths)
     ((_, data), settings, found) = calls[0]
