@@ -69,9 +69,9 @@ def calibrate(
     of what the weights take), layer by layer, with their logits. The batches are kept in memory. All of it is freed at
     the end.
 
-    With `refit="sequential"` out-projections are then fitted once more, layer after layer, to make up for what the narrow
-    FFNs before them have changed: one more pass of the original over all inputs and two of the narrow model, and memory
-    for what goes into one layer, of all inputs and both models.
+    With `refit="sequential"` out-projections are then fitted once more, layer after layer, to make up for what the
+    narrow FFNs before them have changed: one more pass of the original over all inputs and two of the narrow model, and
+    memory for what goes into one layer, of all inputs and both models.
 
     Of routed experts each is an FFN by itself, which sees only the tokens that are routed to it, by the square of the
     router's weight; all of a layer get one width, a multiple of 8. An expert with too few tokens takes the metric of
