@@ -124,7 +124,8 @@ class Narrowing:
         narrow = {p.ffn.name: whole(p.ffn) for p in pieces_of(self.plan) if p.width == p.ffn.width}
         for group in self.groups:
             narrow |= self._narrowed(group)
-        if steps := [step for step in self._steps if narrow[step.ffn.name].weights.width < step.ffn.width]:
+        narrowed = {p.ffn.name for group in self.groups for p in group}  # a budget may have left some whole
+        if steps := [step for step in self._steps if step.ffn.name in narrowed]:
             refit_in_sequence(self.network, steps, narrow, self.inputs)
         if self.recipe.scale == "ntk" and self.groups:
             fit_scales_of(self.network, self.groups, narrow, self.inputs, self.recipe.seed + 1)
