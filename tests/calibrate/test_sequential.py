@@ -176,6 +176,16 @@ def test_padding_is_left_out():
         torch.testing.assert_close(found[name], tensor, rtol=1e-3, atol=1e-4)
 
 
+def test_ffns_that_a_budget_leaves_whole_are_passed_by():
+    model = LLAMA.make(num_hidden_layers=5)
+    with torch.no_grad():
+        model.model.layers[1].mlp.down_proj.weight.mul_(30)  # so that it and what is before it is dear
+    config = FusionConfig(ratio=0.6, allocation="fisher", refit="sequential", multiple_of=8)
+    calibrate(model, config, batches(LLAMA, 12))
+    get_peft_model(model, config)
+    assert config.fused_widths and len(config.fused_widths) < 5
+
+
 def test_interrupted_it_leaves_the_model_as_it_was(monkeypatch, unchanged):
     model, calls = LLAMA.make(), []
 
