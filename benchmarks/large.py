@@ -1,7 +1,7 @@
 """Seconds and peak memory of calibrating and fusing one decoder layer as large as those of 7B and 70B models.
 
     python benchmarks/large.py                       hidden 4096, FFN 11008, to a quarter (ten minutes)
-    python benchmarks/large.py --shape 8192 28672    as large as a layer of a 70B model (an hour, 16 GB)
+    python benchmarks/large.py --shape 8192 28672    as large as a layer of a 70B model (over an hour, 16 GB)
     python benchmarks/large.py --smoke               a small one, seconds; its figures mean nothing
     python benchmarks/large.py --json out.json       also as JSON
 
