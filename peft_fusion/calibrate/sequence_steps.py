@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -62,7 +63,7 @@ def steps_of(network: Network, narrowed: Sequence[AnyPlanned], inputs: Inputs) -
     outputs = [None, *stretches.outputs(network, batch)]
     steps = []
     for layer, ffn in sorted(zip(numbers, dense, strict=True), key=lambda found: found[0]):
-        own = ranks.together(lambda layer=layer, ffn=ffn: _factor(network, stretches, outputs, layer, ffn, batch))  # type: ignore[misc]
+        own = ranks.together(partial(_factor, network, stretches, outputs, layer, ffn, batch))
         factor = ranks.sum_of(own) / ranks.world()
         if not factor > 0:
             raise _refused(network, f"the layer of {ffn.name!r} does more with what its FFN puts out than to add it")

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -62,7 +63,7 @@ def refit_in_sequence(network: Network, steps: Sequence[Step], narrow: dict[str,
     models = _BothModels(network, steps, inputs)
     for step in progress(steps, "Refitting in sequence"):
         seen = _Seen(step, narrow[step.ffn.name])
-        ranks.together(lambda step=step, seen=seen: models.look_at(step, narrow, seen))  # type: ignore[misc]
+        ranks.together(partial(models.look_at, step, narrow, seen))
         narrow[step.ffn.name] = seen.refitted()
 
 
@@ -142,7 +143,7 @@ class _Seen:
             to_fit: which of the tokens are to be fitted to, in CPU memory.
             held_out: which are held out.
         """
-        tokens = [values.reshape(-1, values.shape[-1]) for values in (inputs, wanted, found)]
+        tokens = [values.reshape(-1, values.shape[-1]).to(inputs.device) for values in (inputs, wanted, found)]
         numbers = [chosen.nonzero().squeeze(1).to(inputs.device, non_blocking=True) for chosen in (to_fit, held_out)]
         with exact_products(inputs.device):
             for chunk in in_chunks(*(values[numbers[0]] for values in tokens)):
@@ -156,7 +157,8 @@ class _Seen:
         """What goes into the out-projection, what it should make of it (no bias), and how much a token counts."""
         hidden = hidden_activations(self.narrow, self.activation, inputs)
         outputs = hidden @ self.narrow.weights.out_weight.to(hidden)
-        return hidden, outputs + (wanted - found) / self.step.factor, 1 / wanted.square().mean(1).clamp(min=1e-30)
+        size = wanted.square().mean(1).clamp(min=1e-30)
+        return hidden, outputs + (wanted - found) / self.step.factor, 1 / size
 
     def refitted(self) -> NarrowFFN:
         """The narrow FFN, fitted to what all ranks have seen."""
