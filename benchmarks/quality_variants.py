@@ -29,4 +29,8 @@ VARIANTS: dict[str, tuple[dict[str, Any] | None, bool]] = {
         {"method": "pruning", "kernel": "fisher", "allocation": "fisher"},
         True,
     ),
+    "pruning by saliency, fisher kernel, budget, sequential": (
+        {"method": "pruning", "kernel": "fisher", "allocation": "fisher", "refit": "sequential"},
+        True,
+    ),
 }

@@ -114,7 +114,7 @@ class _BothModels:
             torch.no_grad(),
             standing_in(replaced, narrow),
             capture([step.ffn], inputs=lambda name, x: inputs.append(x)),
-            self.stretches.running(self.narrow_start, step.layer + 1, self.narrow[number]) as noted,
+            self.stretches.running(self.narrow_start, step.layer + 1, self.narrow[number], [step.layer - 1]) as noted,
         ):
             self.network(batch, logits=False)
         if step.layer > self.narrow_start:

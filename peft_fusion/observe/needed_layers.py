@@ -9,9 +9,9 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..ffn import watch
-from .forwards import Forward, with_forwards
 from .networks import Network
 from .shared_layers import in_one_list
+from .stretches import Stretches
 
 
 class NeededLayers:
@@ -28,7 +28,6 @@ class NeededLayers:
         self._layers, numbers = in_one_list(network.model, [ffn.projection_names[-1] for ffn in network.ffns])
         self._needed = max(numbers, default=-1) + 1
         self._ran: list[tuple[nn.Module, Any]] = []
-        self._output: list[Any] = []
 
     @contextmanager
     def running(self) -> Iterator[None]:
@@ -37,26 +36,14 @@ class NeededLayers:
             with watch(self._layers, after=lambda layer, args, output: self._ran.append((layer, _kind(output)))):
                 yield
         elif self._may_rest():
-            with (
-                watch(self._layers[self._needed - 1 : self._needed], after=self._note),
-                with_forwards(self._layers[self._needed :], self._noted),
-            ):
-                try:
-                    yield
-                finally:
-                    self._output.clear()
+            with Stretches(self._layers).running(0, self._needed, None):
+                yield
         else:
             yield
 
     def _may_rest(self) -> bool:
         ran, kinds = [id(layer) for layer, _ in self._ran], [kind for _, kind in self._ran]
         return ran == [id(layer) for layer in self._layers] and all(kind == kinds[0] for kind in kinds)
-
-    def _note(self, layer: nn.Module, args: Any, output: Any) -> None:
-        self._output[:] = [output]
-
-    def _noted(self, layer: nn.Module) -> Forward:
-        return lambda *args, **kwargs: self._output[0]
 
 
 def _kind(output: Any) -> Any:

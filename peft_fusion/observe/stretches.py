@@ -46,29 +46,34 @@ class Stretches:
         if not all(isinstance(passed_on(output), Tensor) for output in outputs):
             return None
         for number in range(1, len(outputs)):
-            with torch.no_grad(), found.running(number, number + 1, outputs[number - 1]) as noted:
-                network(batch, logits=False)
+            try:
+                with torch.no_grad(), found.running(number, number + 1, outputs[number - 1]) as noted:
+                    network(batch, logits=False)
+            except ValueError:  # the whole pass went well: it lacks what another layer leaves for it
+                return None
             if not _same(passed_on(noted[number]), passed_on(outputs[number])):
                 return None
         return found
 
     def outputs(self, network: Network, batch: Batch) -> list[Any]:
         """What every layer puts out in a whole pass of a network over a batch."""
-        with torch.no_grad(), self.running(0, len(self.layers), None) as noted:
+        every = range(len(self.layers))
+        with torch.no_grad(), self.running(0, len(self.layers), None, also=every) as noted:
             network(batch, logits=False)
         return [noted[number] for number in sorted(noted)]
 
     @contextmanager
-    def running(self, start: int, stop: int, given: Any) -> Iterator[dict[int, Any]]:
+    def running(self, start: int, stop: int, given: Any, also: Sequence[int] = ()) -> Iterator[dict[int, Any]]:
         """As long as the block runs, which is one pass, only the layers from `start` to before `stop` do.
 
         Args:
             start: the first that runs.
             stop: the first behind them; at least `start + 1`.
             given: what the layer before `start` puts out, of the same batch; not looked at where there is none.
+            also: of which layers to note what they put out, beside the last one that runs.
 
         Yields:
-            Number of a layer -> what it put out, of those that ran.
+            Number of a layer -> what it put out, of those that ran and are noted.
         """
         numbers = {id(layer): number for number, layer in enumerate(self.layers)}
         noted: dict[int, Any] = {}
@@ -76,9 +81,10 @@ class Stretches:
         def note(layer: nn.Module, args: Any, output: Any) -> None:
             noted[numbers[id(layer)]] = output
 
+        noting = {*also, stop - 1} & set(range(start, stop))
         resting = [*self.layers[:start], *self.layers[stop:]]
         with (
-            watch(self.layers[start:stop], after=note),
+            watch([self.layers[number] for number in sorted(noting)], after=note),
             with_forwards(resting, lambda layer: lambda *args, **kwargs: noted.get(stop - 1, given)),
         ):
             yield noted

@@ -43,10 +43,12 @@ def test_only_the_layers_of_the_stretch_run():
     with network.running(), torch.no_grad():
         outputs = Stretches(model.model.layers).outputs(network, batch)
         calls.clear()
-        with Stretches(model.model.layers).running(1, 3, outputs[0]) as noted:
-            network(batch)
-    assert calls == [1, 2]
-    assert list(noted) == [1, 2] and torch.equal(noted[2], outputs[2])
+        for also in ([], [1], [0, 1, 3]):
+            with Stretches(model.model.layers).running(1, 3, outputs[0], also) as noted:
+                network(batch)
+            assert list(noted) == ([1, 2] if also else [2])  # of those that ran
+            assert all(torch.equal(output, outputs[number]) for number, output in noted.items())
+    assert calls == [1, 2] * 3
 
 
 class Remembering(nn.Module):
@@ -70,6 +72,18 @@ def test_layers_that_take_more_than_the_one_before_puts_out_have_no_stretches():
     model, memory = LLAMA.make(num_hidden_layers=3), []
     for number, layer in enumerate(model.model.layers):
         model.model.layers[number] = Remembering(layer, memory, number == 0)
+    network = Network(model, find_all(model), fused=False)
+    with network.running():
+        assert Stretches.of(network, LLAMA.batch()) is None
+
+
+def test_layers_that_fail_without_another_one_have_no_stretches():
+    model, memory = LLAMA.make(num_hidden_layers=3), []
+    for number, layer in enumerate(model.model.layers):
+        model.model.layers[number] = Remembering(layer, memory, number == 0)
+        model.model.layers[number].register_forward_pre_hook(lambda m, a: memory.clear() if m.first else None)
+    last = model.model.layers[2]
+    last.register_forward_hook(lambda *_: memory.clear())
     network = Network(model, find_all(model), fused=False)
     with network.running():
         assert Stretches.of(network, LLAMA.batch()) is None
