@@ -44,6 +44,7 @@ METHODS = {
     "calibrated: fusion of centroids": Method({"representative": "centroid"}, True),
     "calibrated: fusion, no scale": Method({"scale": "none"}, True),
     "calibrated: fusion": Method({}, True),
+    "calibrated: fusion, budget": Method({"allocation": "fisher"}, True),
     "calibrated: fusion, tuned": Method({}, True, "hidden_states"),
     "calibrated: pruning, FFNs tuned": Method(PRUNING, True, "ffn"),
     "calibrated: fusion, FFNs tuned": Method({}, True, "ffn"),

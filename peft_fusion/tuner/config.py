@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 import tempfile
 from dataclasses import dataclass, field
@@ -16,6 +15,7 @@ from ..fusing.kernels import KERNELS
 from ..fusing.methods import METHODS
 from ..fusing.recipe import AUTO, REFITS, REPRESENTATIVES, SCALES
 from .card import fill_card
+from .config_checks import check_choice, check_clustering, check_layers, check_widths
 
 BASE_WEIGHTS = ("keep", "offload", "discard")
 ALLOCATIONS = ("uniform", "fisher")
@@ -139,18 +139,16 @@ class FusionConfig(PeftConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.peft_type = PeftType.MLP_FUSION
-        self._check_widths()
+        for name in ("target_modules", "exclude_modules"):
+            if isinstance(names := getattr(self, name), (list, tuple, set)):
+                setattr(self, name, sorted(names))
+        if isinstance(self.layers_to_transform, (list, tuple, set, range)):
+            self.layers_to_transform = list(self.layers_to_transform)
+        check_widths(self)
         for name, choices in CHOICES.items():
-            self._check_choice(name, choices)
-        keep = self.keep_neurons
-        if isinstance(keep, bool) or not isinstance(keep, int) or keep < 0:
-            raise ValueError(f"`keep_neurons` must be an integer of at least 0, but got {keep!r}.")
-        for name in ("n_init", "max_iter"):
-            if getattr(self, name) is not None:
-                self._check_positive_int(name, getattr(self, name))
-        if isinstance(self.seed, bool) or not isinstance(self.seed, int):
-            raise ValueError(f"`seed` must be an integer, but got {self.seed!r}.")
-        self._check_targets()
+            check_choice(name, getattr(self, name), choices)
+        check_clustering(self)
+        check_layers(self)
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
         """Writes `adapter_config.json`, marked as belonging to weights that are already fused.
@@ -171,56 +169,3 @@ class FusionConfig(PeftConfig):
             fill_card(Path(save_directory), self, self.fused_widths or {}, self.fused_by or {})
         finally:
             self.fused = fused
-
-    def _check_widths(self) -> None:
-        _check_ratio("ratio", self.ratio)
-        self._check_positive_int("multiple_of", self.multiple_of)
-        if self.intermediate_size is not None:
-            self._check_positive_int("intermediate_size", self.intermediate_size)
-        if self.intermediate_size is not None and self.allocation != "uniform":
-            raise ValueError(
-                f'`intermediate_size={self.intermediate_size}` is one width for all, and `allocation="'
-                f'{self.allocation}"` gives each FFN its own: give the average as `ratio`.'
-            )
-        if not isinstance(self.width_pattern, dict):
-            raise ValueError(f"`width_pattern` must be a dict of regex -> width, but got {self.width_pattern!r}.")
-        for pattern, value in self.width_pattern.items():
-            name = f"width_pattern[{pattern!r}]"
-            if isinstance(value, float):
-                _check_ratio(name, value)
-            elif value == 1 and not isinstance(value, bool) and not self.fused:
-                raise ValueError(f"`{name}` is 1, one neuron, where `ratio=1` is all. Write 1.0 for full width.")
-            else:
-                self._check_positive_int(name, value)
-
-    def _check_targets(self) -> None:
-        if isinstance(self.target_modules, (list, tuple, set)):
-            self.target_modules = sorted(self.target_modules)
-        if isinstance(self.exclude_modules, (list, tuple, set)):
-            self.exclude_modules = sorted(self.exclude_modules)
-        if self.layers_pattern and self.layers_to_transform is None:
-            raise ValueError("`layers_pattern` counts the layers for `layers_to_transform`: give that as well.")
-        layers = self.layers_to_transform
-        if isinstance(layers, (list, tuple, set, range)):
-            self.layers_to_transform = layers = list(layers)
-        for index in layers if isinstance(layers, list) else [] if layers is None else [layers]:
-            if isinstance(index, bool) or not isinstance(index, int) or index < 0:
-                raise ValueError(
-                    f"`layers_to_transform` must be an index from 0 on or a list of such, but got {layers!r}."
-                )
-
-    def _check_choice(self, name: str, choices: tuple[str, ...]) -> None:
-        if getattr(self, name) not in choices:
-            raise ValueError(f"`{name}` must be one of {', '.join(choices)}, but got {getattr(self, name)!r}.")
-
-    @staticmethod
-    def _check_positive_int(name: str, value: object) -> None:
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise ValueError(f"`{name}` must be an integer of at least 1, but got {value!r}.")
-
-
-def _check_ratio(name: str, value: object) -> None:
-    """Refuses what is not a fraction; an integer 1 is taken for full width."""
-    number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if not number or not math.isfinite(value) or not 0 < value <= 1:  # type: ignore[operator, arg-type]
-        raise ValueError(f"`{name}` must be a number above 0 and at most 1, but got {value!r}.")
