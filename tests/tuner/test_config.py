@@ -24,6 +24,8 @@ def test_bad_ratio(ratio):
         ("intermediate_size", 12.0),
         ("multiple_of", 0),
         ("n_init", 0),
+        ("keep_neurons", -1),
+        ("keep_neurons", True),
         ("max_iter", 1.5),
         ("seed", "0"),
         ("seed", True),
