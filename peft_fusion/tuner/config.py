@@ -15,7 +15,7 @@ from ..fusing.kernels import KERNELS
 from ..fusing.methods import METHODS
 from ..fusing.recipe import AUTO, REFITS, REPRESENTATIVES, SCALES
 from .card import fill_card
-from .config_checks import check_choice, check_clustering, check_layers, check_widths
+from .config_checks import check_choice, check_integers, check_layers, check_widths
 
 BASE_WEIGHTS = ("keep", "offload", "discard")
 ALLOCATIONS = ("uniform", "fisher")
@@ -147,7 +147,7 @@ class FusionConfig(PeftConfig):
         check_widths(self)
         for name, choices in CHOICES.items():
             check_choice(name, getattr(self, name), choices)
-        check_clustering(self)
+        check_integers(self)
         check_layers(self)
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:

@@ -37,8 +37,8 @@ def check_widths(config: Any) -> None:
             _check_integer(name, value, least=1)
 
 
-def check_clustering(config: Any) -> None:
-    """Refuses settings of the clustering that are no such numbers."""
+def check_integers(config: Any) -> None:
+    """Refuses settings of the methods that are no integers, or too small."""
     _check_integer("keep_neurons", config.keep_neurons, least=0)
     for name in ("n_init", "max_iter"):
         if getattr(config, name) is not None:
