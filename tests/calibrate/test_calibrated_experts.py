@@ -153,8 +153,11 @@ def test_the_metric_is_that_of_the_layers_output_times_the_routing_weight(moe):
             tokens, place = torch.where(chosen == index)
             d = output.grad.view(-1, 32)[tokens] * weights.detach()[tokens, place].unsqueeze(1)
             expected[index] += d.T @ d
+    assert expected.flatten(1).any(1).sum() >= 3
     for index in range(experts.count):
-        torch.testing.assert_close(found[f"{experts.name}.{index}"], expected[index], rtol=1e-3, atol=1e-5)
+        error = (found[f"{experts.name}.{index}"] - expected[index]).norm()
+        # as a whole: what cancels to almost nothing keeps few digits; an expert without tokens has no metric at all
+        assert error <= 1e-5 * expected[index].norm()
 
 
 @pytest.mark.parametrize("moe", [m for m in MOES if m is not LLAMA4], ids=lambda a: a.name)  # it has one only
