@@ -56,6 +56,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--dataset", default="papers", help="papers (default), wordnet, Hub id or local path")
     add("--seeds", nargs="+", type=int, default=[0, 1, 2], help="default: 0 1 2")
     add("--allocation", choices=("uniform", "fisher"), default="fisher", help="of the neurons (default: %(default)s)")
+    add("--refit", choices=("ridge", "sequential"), default="ridge", help="of out-projections (default: %(default)s)")
     add("--epochs", type=positive, default=8, help="of the distillation, over the training sentences, without labels")
     add("--learning-rate", type=rate, default=RATES["distilled"], help="of the distillation (default: %(default)s)")
     add("--task-rate", type=rate, default=RATES["task"], help="of fine-tuning, but by LoRA (default: %(default)s)")
@@ -154,7 +155,8 @@ class Shrinking:
 
     def config(self, **settings: Any) -> FusionConfig:
         options = self.options
-        return FusionConfig(ratio=options.ratio, allocation=options.allocation, seed=self.seed, **settings)
+        recipe = {"allocation": options.allocation, "refit": options.refit}
+        return FusionConfig(ratio=options.ratio, seed=self.seed, **recipe, **settings)
 
     def fit(self, model: torch.nn.Module, title: str, learning_rate: float) -> None:
         fine_tune(

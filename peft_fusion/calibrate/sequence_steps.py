@@ -8,19 +8,20 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..ffn import FFN, capture
 from ..observe import ranks
 from ..observe.batches import Batch, shortened, single_sequences, unlabelled
 from ..observe.networks import Network
 from ..observe.shared_layers import in_one_list
-from ..observe.stretches import Stretches, passed_on
+from ..observe.stretches import Stretches
+from ..observe.sums import added_up, ends_with
 from ..tuner.plan import AnyPlanned
 from .inputs import Inputs
 
 TOLERANCE = 0.02
-"""How far what a layer puts out may be from moving in proportion to what its FFN does, relative to it."""
+"""How far a layer's sum may be from moving in proportion to what its FFN puts out, relative to it."""
 
 
 @dataclass(frozen=True)
@@ -31,11 +32,13 @@ class Step:
         ffn: the FFN, a dense one.
         layer: the number of the layer that it is in.
         factor: how many times its layer adds what it puts out.
+        norm: what the layer ends with, if it adds up in front of that.
     """
 
     ffn: FFN
     layer: int
     factor: float
+    norm: nn.Module | None
 
 
 def steps_of(network: Network, narrowed: Sequence[AnyPlanned], inputs: Inputs) -> list[Step]:
@@ -48,7 +51,7 @@ def steps_of(network: Network, narrowed: Sequence[AnyPlanned], inputs: Inputs) -
 
     Raises:
         ValueError: if there is none, or a layer cannot run by itself or does more with what its FFN puts out than to
-            add it: where a norm comes behind the addition (BERT), or between FFN and addition (Gemma 2).
+            add it, before it passes it on or ends in a norm: where one comes between FFN and addition (Gemma 2).
     """
     dense = [p.ffn for p in narrowed if isinstance(p.ffn, FFN)]
     if not narrowed:
@@ -63,46 +66,84 @@ def steps_of(network: Network, narrowed: Sequence[AnyPlanned], inputs: Inputs) -
     outputs = [None, *stretches.outputs(network, batch)]
     steps = []
     for layer, ffn in sorted(zip(numbers, dense, strict=True), key=lambda found: found[0]):
-        own = ranks.together(partial(_factor, network, stretches, outputs, layer, ffn, batch))
-        factor = ranks.sum_of(own) / ranks.world()
+        trial = _Trial(network, stretches, batch, layer, ffn, outputs[layer])
+        norm, factor = None, trial.factor(None)
+        if not factor > 0 and (norm := trial.norm()) is not None:
+            factor = trial.factor(norm)
         if not factor > 0:
             raise _refused(network, f"the layer of {ffn.name!r} does more with what its FFN puts out than to add it")
-        steps.append(Step(ffn, layer, factor))
+        steps.append(Step(ffn, layer, factor, norm))
     return steps
 
 
-def _factor(
-    network: Network, stretches: Stretches, outputs: Sequence[Any], layer: int, ffn: FFN, batch: Batch
-) -> float:
-    """How many times a layer adds what its FFN puts out; NaN if it does anything else with it.
+@dataclass(frozen=True)
+class _Trial:
+    """A layer by itself, over one sequence of each rank.
 
-    The FFN puts out nothing, then noise as large as what the layer passes on, of another size at every token: behind a
-    norm, wherever it is, the difference is not in proportion to that.
+    Args:
+        network: the original model, running.
+        stretches: its layers.
+        batch: the sequence.
+        layer: the layer's number.
+        ffn: an FFN in it.
+        given: what the layer before puts out.
     """
-    expected = passed_on(outputs[layer + 1])
-    noise = torch.randn(expected.shape, generator=torch.Generator().manual_seed(0))
-    sizes = torch.linspace(0.25, 2.0, expected.shape[:-1].numel()).view(*expected.shape[:-1], 1)
-    pushed = (noise * sizes).to(expected) * expected.float().std().to(expected)
-    found: list[Tensor] = []
-    for put_out in (torch.zeros_like(pushed), pushed):
+
+    network: Network
+    stretches: Stretches
+    batch: Batch
+    layer: int
+    ffn: FFN
+    given: Any
+
+    def norm(self) -> nn.Module | None:
+        """What the layer ends with, if that makes what it passes on of one tensor."""
+        with ends_with(self.stretches.layers[self.layer]) as found:
+            return found(self._run())
+
+    def factor(self, norm: nn.Module | None) -> float:
+        """How many times a layer adds what its FFN puts out; NaN if it does anything else with it.
+
+        The FFN puts out nothing, then noise as large as what is added to, of another size at every token: behind a
+        norm, wherever it is, the difference is not in proportion to that.
+
+        Args:
+            norm: in front of which to look; None: at what the layer passes on.
+        """
+        return ranks.sum_of(ranks.together(partial(self._own_factor, norm))) / ranks.world()
+
+    def _own_factor(self, norm: nn.Module | None) -> float:
+        with added_up(norm) as sums:
+            expected = sums(self._run())
+        noise = torch.randn(expected.shape, generator=torch.Generator().manual_seed(0))
+        sizes = torch.linspace(0.25, 2.0, expected.shape[:-1].numel()).view(*expected.shape[:-1], 1)
+        pushed = (noise * sizes).to(expected) * expected.float().std().to(expected)
+        nothing, something = self._sum(torch.zeros_like(pushed), norm), self._sum(pushed, norm)
+        if nothing is None or something is None:
+            return float("nan")
+        moved, by = something - nothing, pushed.float()
+        factor = float((moved * by).sum() / by.square().sum())
+        apart = float((moved - factor * by).norm())
+        return factor if apart <= TOLERANCE * abs(factor) * float(by.norm()) else float("nan")
+
+    def _sum(self, put_out: Tensor, norm: nn.Module | None) -> Tensor | None:
+        """The layer's sum if that is what the FFN puts out; None if the FFN puts out something of another shape."""
         calls: list[torch.Size] = []
 
-        def replace(name: str, y: Tensor, put_out: Tensor = put_out, calls: list[torch.Size] = calls) -> Tensor:
+        def replace(name: str, y: Tensor) -> Tensor:
             calls.append(y.shape)
             return put_out.view(y.shape) if y.numel() == put_out.numel() else y
 
-        with (
-            torch.no_grad(),
-            capture([ffn], outputs=replace),
-            stretches.running(layer, layer + 1, outputs[layer]) as noted,
-        ):
-            network(batch, logits=False)
-        if len(calls) != 1 or calls[0].numel() != expected.numel() or calls[0][-1] != expected.shape[-1]:
-            return float("nan")
-        found.append(passed_on(noted[layer]).float())
-    moved, by = found[1] - found[0], pushed.float()
-    factor = float((moved * by).sum() / by.square().sum())
-    return factor if float((moved - factor * by).norm()) <= TOLERANCE * abs(factor) * float(by.norm()) else float("nan")
+        with capture([self.ffn], outputs=replace), added_up(norm) as sums:
+            found = sums(self._run()).float()
+        as_expected = len(calls) == 1 and calls[0].numel() == put_out.numel() and calls[0][-1] == put_out.shape[-1]
+        return found if as_expected else None
+
+    def _run(self) -> Any:
+        """What the layer puts out."""
+        with torch.no_grad(), self.stretches.running(self.layer, self.layer + 1, self.given) as noted:
+            self.network(self.batch, logits=False)
+        return noted[self.layer]
 
 
 def _refused(network: Network, why: str) -> ValueError:

@@ -7,7 +7,8 @@ B^T g,
 
     minimise over the change of B:   E |h - h' - m (change of B)^T g|^2 / |h|^2
 
-for what comes next is a norm. It is shrunk towards the fit there was, by the ridge and the held-out tokens of
+for what comes next is a norm. Where a layer adds up in front of a norm and ends with that (BERT), h is the sum. It is
+shrunk towards the fit there was, by the ridge and the held-out tokens of
 `fusing.refit`. FFNs take turns in their order, each with those before it as they have become. Both models run layer by
 layer: what goes into a layer is kept, so that all of it takes one pass of the original and two of the narrow model,
 whatever the number of layers.
@@ -35,7 +36,8 @@ from ..observe import ranks
 from ..observe.batches import Batch, Positions, batch_size, unlabelled
 from ..observe.networks import Network, UnusableActivations
 from ..observe.shared_layers import in_one_list
-from ..observe.stretches import Stretches, passed_on
+from ..observe.stretches import Stretches
+from ..observe.sums import added_up
 from ..progress import progress
 from .collect import add_up_moments
 from .inputs import HELD_OUT, Inputs
@@ -48,8 +50,8 @@ __all__ = ["Step", "refit_in_sequence", "steps_of"]
 def refit_in_sequence(network: Network, steps: Sequence[Step], narrow: dict[str, NarrowFFN], inputs: Inputs) -> None:
     """Refits narrow FFNs to what the others in the narrow model leave to them; see above.
 
-    Memory: what goes into one layer, of all inputs and both models, in the model's dtype; of one FFN 16 * width ** 2
-    bytes of the narrow width.
+    Memory: what goes into one layer, of all inputs and both models, in the model's dtype, and the original's sums where
+    a norm follows; of one FFN 16 * width ** 2 bytes of the narrow width.
 
     Args:
         network: the original model, running, and all planned FFNs.
@@ -77,6 +79,7 @@ class _BothModels:
         self.stretches, self.layers_of = Stretches(layers), list(zip(network.ffns, numbers, strict=True))
         nothing: list[Any] = [None] * len(self.batches)
         self.original, self.original_start = [*nothing], 0  # of each batch what the layer before the start puts out
+        self.sums: list[Any] = [*nothing]  # and what it has added up
         self.narrow, self.narrow_start = [*nothing], 0
 
     def look_at(self, step: Step, narrow: Mapping[str, NarrowFFN], seen: _Seen) -> None:
@@ -85,7 +88,7 @@ class _BothModels:
         replaced = self.network.of([f for f in between if narrow[networks_of(f)[0].name].weights.width < f.width])
         first = 0
         for number, batch in enumerate(self.batches):
-            wanted = passed_on(self._run_original(number, batch, step.layer))
+            wanted = self._run_original(number, batch, step)
             inputs, found = self._run_narrow(number, batch, step, replaced, narrow)
             valid, sequence = Positions(batch, self.network.is_encoder_decoder).of(step.ffn.name, inputs)
             held_out = (first + sequence) % HELD_OUT == HELD_OUT - 1
@@ -94,32 +97,36 @@ class _BothModels:
         self.original_start = max(self.original_start, step.layer + 1)
         self.narrow_start = step.layer
 
-    def _run_original(self, number: int, batch: Batch, layer: int) -> Any:
-        """What a layer puts out; that of a second FFN in the same layer is known."""
-        if self.original_start <= layer:
+    def _run_original(self, number: int, batch: Batch, step: Step) -> Tensor:
+        """What a layer adds up; that of a second FFN in the same layer is known."""
+        if self.original_start <= step.layer:
             with (
                 torch.no_grad(),
-                self.stretches.running(self.original_start, layer + 1, self.original[number]) as noted,
+                added_up(step.norm) as sums,
+                self.stretches.running(self.original_start, step.layer + 1, self.original[number]) as noted,
             ):
                 self.network(batch, logits=False)
-            self.original[number] = noted[layer]
-        return self.original[number]
+            self.original[number] = noted[step.layer]
+            self.sums[number] = sums(noted[step.layer])
+        found: Tensor = self.sums[number]
+        return found
 
     def _run_narrow(
         self, number: int, batch: Batch, step: Step, replaced: Network, narrow: Mapping[str, NarrowFFN]
     ) -> tuple[Tensor, Tensor]:
-        """What goes into an FFN, and what its layer puts out; in front of the layer the next pass will start."""
+        """What goes into an FFN, and what its layer adds up; in front of the layer the next pass will start."""
         inputs: list[Tensor] = []
         with (
             torch.no_grad(),
             standing_in(replaced, narrow),
             capture([step.ffn], inputs=lambda name, x: inputs.append(x)),
+            added_up(step.norm) as sums,
             self.stretches.running(self.narrow_start, step.layer + 1, self.narrow[number], [step.layer - 1]) as noted,
         ):
             self.network(batch, logits=False)
         if step.layer > self.narrow_start:
             self.narrow[number] = noted[step.layer - 1]
-        return inputs[0], passed_on(noted[step.layer])
+        return inputs[0], sums(noted[step.layer])
 
 
 class _Seen:
@@ -138,8 +145,8 @@ class _Seen:
 
         Args:
             inputs: what goes into the FFN, shape (..., in_dim).
-            wanted: what its layer passes on in the original, shape (..., out_dim), float32.
-            found: what it passes on in the narrow model.
+            wanted: what its layer adds up in the original, shape (..., out_dim), float32.
+            found: what it adds up in the narrow model.
             to_fit: which of the tokens are to be fitted to, in CPU memory.
             held_out: which are held out.
         """

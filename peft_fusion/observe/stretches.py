@@ -92,7 +92,7 @@ class Stretches:
 
 def passed_on(output: Any) -> Any:
     """Of what a layer puts out, the hidden states that the next one takes."""
-    return output[0] if isinstance(output, tuple) and output else output
+    return output[0] if isinstance(output, (tuple, list)) and output else output
 
 
 def _same(found: Tensor, expected: Tensor) -> bool:

@@ -24,8 +24,7 @@ from peft_fusion.observe.networks import Network
 from peft_fusion.observe.stretches import Stretches, passed_on
 from peft_fusion.tuner.plan import plan_ffns
 
-LLAMA = BY_NAME["llama"]
-NORM_BEHIND = {"bert", "roberta"}
+LLAMA, BERT = BY_NAME["llama"], BY_NAME["bert"]
 TWO_LISTS = {"t5", "t5_gated"}
 
 
@@ -54,12 +53,11 @@ def test_it_is_used_or_refused_before_any_work(architecture, unchanged):
     model = architecture.make()
     check, config = unchanged(model), FusionConfig(ratio=0.5, refit="sequential")
     data = batches(architecture, 4)
-    refusals = {"does more with what its FFN puts out": NORM_BEHIND, "layers do not all run once": TWO_LISTS}
-    for reason, names in refusals.items():
-        if architecture.name in names:
-            with pytest.raises(ValueError, match=rf'`refit="sequential"` cannot be used with this .*{reason}'):
-                calibrate(model, config, data)
-            return check()
+    if architecture.name in TWO_LISTS:
+        reason = "its layers do not all run once"
+        with pytest.raises(ValueError, match=rf'`refit="sequential"` cannot be used with this .*{reason}'):
+            calibrate(model, config, data)
+        return check()
     calibrate(model, config, data)
     check(calibrated=True)
     peft_model = get_peft_model(model, config)
@@ -67,38 +65,47 @@ def test_it_is_used_or_refused_before_any_work(architecture, unchanged):
     return None
 
 
-def residual_after(model, layer: int, data) -> torch.Tensor:
-    """What a layer passes on of the training sequences, token by token."""
-    found, seen = [], 0
-    for batch in data:
-        states = passed_on_by(model, model.model.layers, batch)[layer]
-        rows = [i for i in range(len(states)) if (seen + i) % HELD_OUT != HELD_OUT - 1]
-        found.append(states[rows].flatten(0, 1))
-        seen += len(states)
-    return torch.cat(found)
+def to_fit(found: list[torch.Tensor]) -> torch.Tensor:
+    """Of what was seen batch by batch that of the training sequences, token by token."""
+    sequences = torch.cat(found)
+    return sequences[[i for i in range(len(sequences)) if i % HELD_OUT != HELD_OUT - 1]].flatten(0, 1)
 
 
-@pytest.mark.parametrize("make", [LLAMA.make, BY_NAME["llama_bias"].make, granite], ids=["llama", "bias", "granite"])
-def test_every_ffn_leaves_what_none_of_its_neurons_can_explain(make, monkeypatch):
+def sum_in(model, layer: int, data) -> torch.Tensor:
+    """What a layer adds up of the training sequences: a norm that it ends with comes behind."""
+    found = []
+    if hasattr(model, "model"):
+        module = model.model.layers[layer]
+        handle = module.register_forward_hook(lambda module, args, output: found.append(passed_on(output)))
+    else:
+        module = model.bert.encoder.layer[layer].output.LayerNorm
+        handle = module.register_forward_pre_hook(lambda module, args: found.append(args[0]))
+    with torch.no_grad():
+        for batch in data:
+            model(**batch)
+    handle.remove()
+    return to_fit(found)
+
+
+@pytest.mark.parametrize(
+    ("make", "architecture"),
+    [(LLAMA.make, LLAMA), (BY_NAME["llama_bias"].make, LLAMA), (granite, LLAMA), (BERT.make, BERT)],
+    ids=["llama", "bias", "granite", "bert"],
+)
+def test_every_ffn_leaves_what_none_of_its_neurons_can_explain(make, architecture, monkeypatch):
     """Least squares: what is still missing is orthogonal to the narrow hidden activations, in company."""
-    data = batches(LLAMA, 24)
+    data = [{"input_ids": batch["input_ids"]} for batch in batches(architecture, 24)]
     original = make()
     monkeypatch.setattr(fitting, "STRENGTHS", (1e-9,))
     monkeypatch.setattr(fitting.Problem, "unfitted", property(lambda problem: problem.middle))  # whatever held out says
     narrow = fused(make(), data, refit="sequential", scale="none")
     for layer, ffn in enumerate(find_ffns(narrow.base_model.model)):
-        hidden, seen = [], [0]
-
-        def take(name, values, hidden=hidden, seen=seen):
-            rows = [i for i in range(len(values)) if (seen[0] + i) % HELD_OUT != HELD_OUT - 1]
-            hidden.append(values[rows].flatten(0, 1))
-            seen[0] += len(values)
-
-        with capture([ffn], hidden=take):
-            found = residual_after(narrow.base_model.model, layer, data)
-        wanted = residual_after(original, layer, data).double()
+        hidden: list[torch.Tensor] = []
+        with capture([ffn], hidden=lambda name, values, hidden=hidden: hidden.append(values)):
+            found = sum_in(narrow.base_model.model, layer, data)
+        wanted = sum_in(original, layer, data).double()
         missing = (wanted - found) / wanted.norm(dim=1, keepdim=True)
-        g = torch.cat(hidden).double() / wanted.norm(dim=1, keepdim=True)
+        g = to_fit(hidden).double() / wanted.norm(dim=1, keepdim=True)
         left = (g.T @ missing).norm() / (g.norm() * missing.norm())
         assert left < 1e-3 or missing.norm() < 1e-4 * len(missing) ** 0.5
 
@@ -130,6 +137,20 @@ def test_a_layer_that_multiplies_what_it_adds_is_known_by_that():
     assert [step.factor for step in tried(LLAMA.make().bfloat16(), [LLAMA.batch()])] == pytest.approx([1] * 3, rel=0.02)
 
 
+def test_layers_that_end_in_a_norm_are_known_by_that_norm():
+    model = BERT.make()
+    steps = tried(model, [BERT.batch()])
+    assert [step.norm for step in steps] == [layer.output.LayerNorm for layer in model.bert.encoder.layer]
+    assert [step.factor for step in steps] == pytest.approx([1] * len(steps), rel=1e-3)
+    assert all(step.norm is None for step in tried(LLAMA.make(), [LLAMA.batch()]))
+
+
+def test_layers_that_put_out_lists_are_run_by_themselves():
+    torch.manual_seed(0)
+    model = tf.OpenAIGPTLMHeadModel(tf.OpenAIGPTConfig(vocab_size=99, n_embd=32, n_layer=2, n_head=4)).eval()
+    assert [step.norm for step in tried(model, [LLAMA.batch()])] == [block.ln_2 for block in model.transformer.h]
+
+
 def test_a_layer_runs_once_in_the_original_and_twice_in_the_narrow_model():
     model, data, calls = LLAMA.make(), batches(LLAMA, 5), [0, 0, 0]
     inputs, plan = Inputs(data, "data"), plan_ffns(model, FusionConfig(ratio=0.5))
@@ -143,9 +164,15 @@ def test_a_layer_runs_once_in_the_original_and_twice_in_the_narrow_model():
     assert calls == [15, 15, 10]  # behind the last one nothing has to be known of it
 
 
-def test_a_norm_between_ffn_and_sum_is_refused():
-    settings = {k: v for k, v in LLAMA.config().to_dict().items() if k not in ("model_type", "layer_types")}
-    gemma = tf.Gemma2ForCausalLM(tf.Gemma2Config(**{**settings, "head_dim": 8})).eval()
+@pytest.mark.parametrize(
+    ("config", "model"),
+    [(tf.Gemma2Config, tf.Gemma2ForCausalLM), (tf.Gemma3TextConfig, tf.Gemma3ForCausalLM)],  # Gemma 3 has more norms
+    ids=["gemma2", "gemma3"],
+)
+def test_a_norm_between_ffn_and_sum_is_refused(config, model):
+    given = LLAMA.config().to_dict()
+    settings = {k: v for k, v in given.items() if k not in ("model_type", "layer_types", "rope_parameters")}
+    gemma = model(config(**{**settings, "head_dim": 8})).eval()
     with pytest.raises(ValueError, match=r"the layer of 'model.layers.0.mlp' does more with what its FFN puts out"):
         tried(gemma, [LLAMA.batch()])
 
@@ -161,8 +188,9 @@ def test_routed_experts_keep_their_own_refit():
     assert any("shared_experts" in name for name in changed)  # they make up for the routed ones
 
 
-def test_padding_is_left_out():
-    short = [{"input_ids": batch["input_ids"]} for batch in batches(LLAMA, 12)]
+@pytest.mark.parametrize("architecture", [LLAMA, BERT], ids=lambda a: a.name)
+def test_padding_is_left_out(architecture):
+    short = [{"input_ids": batch["input_ids"]} for batch in batches(architecture, 12)]
     padded = [
         {
             "input_ids": torch.nn.functional.pad(batch["input_ids"], (0, 5), value=7),
@@ -171,7 +199,7 @@ def test_padding_is_left_out():
         for batch in short
     ]
     settings = {"refit": "sequential", "kernel": "outputs", "scale": "none"}
-    expected, found = (fused(LLAMA.make(), data, **settings).state_dict() for data in (short, padded))
+    expected, found = (fused(architecture.make(), data, **settings).state_dict() for data in (short, padded))
     for name, tensor in expected.items():
         torch.testing.assert_close(found[name], tensor, rtol=1e-3, atol=1e-4)
 
