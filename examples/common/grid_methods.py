@@ -45,6 +45,7 @@ METHODS = {
     "calibrated: fusion, no scale": Method({"scale": "none"}, True),
     "calibrated: fusion": Method({}, True),
     "calibrated: fusion, budget": Method({"allocation": "fisher"}, True),
+    "calibrated: fusion, budget, sequential": Method({"allocation": "fisher", "refit": "sequential"}, True),
     "calibrated: fusion, tuned": Method({}, True, "hidden_states"),
     "calibrated: pruning, FFNs tuned": Method(PRUNING, True, "ffn"),
     "calibrated: fusion, FFNs tuned": Method({}, True, "ffn"),
