@@ -52,7 +52,7 @@ def ends_with(layer: nn.Module) -> Iterator[Callable[[Any], nn.Module | None]]:
     def found(output: Any) -> nn.Module | None:
         passed = passed_on(output)
         sized = [(module, y) for module, y in calls if y.shape[-1] == passed.shape[-1] and y.numel() == passed.numel()]
-        same = [module for module, y in sized if torch.equal(y.reshape(passed.shape), passed)]
+        same = [module for module, y in sized if torch.equal(y.reshape(passed.shape).to(passed.device), passed)]
         return same[-1] if same and [module for module, _ in calls].count(same[-1]) == 1 else None
 
     with watch([part for part in layer.modules() if not list(part.children())], after=note):
