@@ -97,7 +97,11 @@ class _Trial:
     given: Any
 
     def norm(self) -> nn.Module | None:
-        """What the layer ends with, if that makes what it passes on of one tensor."""
+        """What the layer ends with, if on every rank that makes what it passes on of one tensor."""
+        found = ranks.together(self._own_norm)
+        return found if ranks.sum_of(found is not None) == ranks.world() else None
+
+    def _own_norm(self) -> nn.Module | None:
         with ends_with(self.stretches.layers[self.layer]) as found:
             return found(self._run())
 

@@ -43,6 +43,7 @@ CASES = {
     "centroids, bert": Case("bert", {"representative": "centroid", **WITHOUT_DRAWS}),
     "centroids, mixtral": Case("mixtral", {"representative": "centroid", **WITHOUT_DRAWS}),
     "sequential, llama": Case("llama", {"refit": "sequential", **WITHOUT_DRAWS}),
+    "sequential, bert": Case("bert", {"refit": "sequential", **WITHOUT_DRAWS}),
     "own text, llama": Case("llama", {}, data=False),
 }
 
