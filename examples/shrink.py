@@ -56,7 +56,8 @@ def parse_arguments() -> argparse.Namespace:
     add("--dataset", default="papers", help="papers (default), wordnet, Hub id or local path")
     add("--seeds", nargs="+", type=int, default=[0, 1, 2], help="default: 0 1 2")
     add("--allocation", choices=("uniform", "fisher"), default="fisher", help="of the neurons (default: %(default)s)")
-    add("--refit", choices=("ridge", "sequential"), default="ridge", help="of out-projections (default: %(default)s)")
+    refit = "of the fine-tuned model's out-projections; some models' layers allow ridge alone (default: %(default)s)"
+    add("--refit", choices=("ridge", "sequential"), default="sequential", help=refit)
     add("--epochs", type=positive, default=8, help="of the distillation, over the training sentences, without labels")
     add("--learning-rate", type=rate, default=RATES["distilled"], help="of the distillation (default: %(default)s)")
     add("--task-rate", type=rate, default=RATES["task"], help="of fine-tuning, but by LoRA (default: %(default)s)")
@@ -119,7 +120,7 @@ class Shrinking:
 
     def narrow(self, full: PreTrainedModel) -> PeftModel:
         """Its narrow form; the head is the trained one, and stays what it is."""
-        model, config = copy.deepcopy(full), self.config()
+        model, config = copy.deepcopy(full), self.config(refit=self.options.refit)
         calibrate(model, config, self.batches, sequences=CALIBRATION_SEQUENCES)
         return get_peft_model(model, config)
 
@@ -155,8 +156,7 @@ class Shrinking:
 
     def config(self, **settings: Any) -> FusionConfig:
         options = self.options
-        recipe = {"allocation": options.allocation, "refit": options.refit}
-        return FusionConfig(ratio=options.ratio, seed=self.seed, **recipe, **settings)
+        return FusionConfig(ratio=options.ratio, allocation=options.allocation, seed=self.seed, **settings)
 
     def fit(self, model: torch.nn.Module, title: str, learning_rate: float) -> None:
         fine_tune(
