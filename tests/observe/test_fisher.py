@@ -137,7 +137,7 @@ def test_every_ffn_has_one(architecture, unchanged):
     assert len(found) == architecture.ffns
     for own in found.values():
         assert own.shape == (32, 32) and float(own.trace()) > 0
-        torch.testing.assert_close(own, own.T)
+        assert (own - own.T).norm() <= 1e-5 * own.norm()  # as a whole: see test_calibrated_experts.py
 
 
 @pytest.mark.parametrize(("name", "head", "matters"), [("bert", "classifier", False), ("llama", "lm_head", True)])
