@@ -89,6 +89,7 @@ class Shrinking:
     def figures(self) -> dict[str, Figures]:
         """Row -> accuracy and seconds."""
         rows: dict[str, Figures] = {}
+        self.check_refit()
         full, rows["full"] = self.timed("full", self.fine_tuned)
         narrow, rows["narrow"] = self.timed("narrow", lambda: self.narrow(full))
         for name, make in (
@@ -110,6 +111,12 @@ class Shrinking:
         found = accuracy(Trainer(model, arguments, data_collator=self.collator), self.test)
         print(f"seed {self.seed}, {name}: {found:.4f} in {seconds:.0f} s", flush=True)
         return model, {"accuracy": found, "seconds": seconds}
+
+    def check_refit(self) -> None:
+        """Has a model whose layers do not allow the refit refused before it is fine-tuned; one FFN tells."""
+        model = load_classifier(self.path, len(self.task.labels), self.seed)
+        config = FusionConfig(ratio=self.options.ratio, refit=self.options.refit, layers_to_transform=0)
+        calibrate(model, config, self.batches[:1], sequences=4)
 
     def fine_tuned(self) -> PreTrainedModel:
         """The model that somebody has."""

@@ -7,11 +7,10 @@ B^T g,
 
     minimise over the change of B:   E |h - h' - m (change of B)^T g|^2 / |h|^2
 
-for what comes next is a norm. Where a layer adds up in front of a norm and ends with that (BERT), h is the sum. It is
-shrunk towards the fit there was, by the ridge and the held-out tokens of
-`fusing.refit`. FFNs take turns in their order, each with those before it as they have become. Both models run layer by
-layer: what goes into a layer is kept, so that all of it takes one pass of the original and two of the narrow model,
-whatever the number of layers.
+for what comes next is a norm. Where a layer adds up in front of a norm and ends with that (BERT), h is the sum. B is
+shrunk towards the fit there was, by the ridge and the held-out tokens of `fusing.refit`. FFNs take turns in their
+order, each with those before it as they have become. Both models run layer by layer: what goes into a layer is kept, so
+that all of it takes one pass of the original and two of the narrow model, whatever the number of layers.
 """
 
 from __future__ import annotations

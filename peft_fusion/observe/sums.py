@@ -29,7 +29,7 @@ def added_up(norm: nn.Module | None) -> Iterator[Callable[[Any], Tensor]]:
         inputs.append(args[0])
 
     with watch([] if norm is None else [norm], before=note):
-        yield lambda output: inputs[-1].reshape(passed_on(output).shape) if inputs else passed_on(output)
+        yield lambda output: passed_on(output) if norm is None else inputs[-1].reshape(passed_on(output).shape)
 
 
 @contextmanager
